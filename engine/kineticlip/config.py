@@ -1,0 +1,279 @@
+"""The whole configuration of a run: frozen dataclasses, read from one YAML file and `--set` pairs.
+
+Every default lives here. Unknown keys and wrong values are `UserError`s that name file and line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+
+from kineticlip.errors import UserError, did_you_mean
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The CLIP tower and where its weights come from."""
+
+    arch: str = "ViT-B-16"  # a name of kineticlip.architectures, or of open_clip
+    weights: str = "openai"  # open_clip tag, hf-hub:..., a file, or "random"
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "xformers", "triton"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """Where the frozen classifier matrix [C, E] comes from."""
+
+    source: str = "text"  # text, random_normal, random_orthogonal, or a .safetensors file
+    template: str = "a video of a person {}."
+    text_weights: str = ""  # empty: the text tower of model.weights
+    center: bool = False  # remove the mean of the training classes' features
+    seed: int = 0  # of the two random sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Lists, labels, decoding and training-time sampling."""
+
+    train_list: str = ""  # lines `path label` (videos) or `path frames label` (frame folders)
+    train_root: str = ""
+    val_list: str = ""
+    val_root: str = ""
+    labels: str = ""  # label CSV with columns id,name; or one name a line
+    frame_template: str = "img_{:05d}.jpg"
+    decoder: Literal["auto", "dali", "torchcodec", "pyav"] = "auto"
+    num_frames: int = 8  # T
+    resolution: int = 224  # S, side of the square crop
+    pipeline: Literal["auto", "text4vis", "evl", "bike"] = "auto"  # auto: the method's own
+    sampling: Literal["uniform", "dense"] = "uniform"
+    sampling_rate: int = 16  # frame stride of the evl pipeline's dense sampling
+    augmentation: Literal["none", "released", "published"] = "released"
+    flip: bool = True  # mirror half of the training clips; off where direction is the label
+    min_frames: int = 0  # shorter entries of the training list are dropped and counted
+    shots: int = 0  # K-shot training; 0 trains on everything
+    workers: int = 2  # decoding threads of one process
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """Views of one video at test time: clips x crops."""
+
+    clips: int = 1
+    crops: Literal[1, 3, 5, 10] = 1
+    sampling: Literal["uniform", "dense"] = "uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text4VisConfig:
+    """Text4Vis: frame embeddings, a temporal header, a frozen text classifier."""
+
+    header: Literal["mean", "transformer"] = "transformer"
+    header_layers: int = 6
+    temporal_module: Literal["none", "tokenshift", "tokent1d", "tsm"] = "none"
+    joint: bool = False  # joint space-time attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with two learning rates and a per-iteration schedule."""
+
+    lr: float = 5e-5
+    clip_ratio: float = 0.1  # learning rate of the CLIP parameters, relative to lr
+    weight_decay: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    warmup_epochs: float = 5.0
+    milestones: tuple[float, ...] = ()  # epochs, for multistep
+    official_updates: bool = False  # the official code's steps: lr set every tenth iteration
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop: length, batch, precision, ZeRO, what is written and when."""
+
+    epochs: float = 30.0
+    batch_size: int = 256  # global: clips per optimiser step
+    micro_batch_size: int = 8  # clips per process and forward
+    precision: Precision = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    gradient_clipping: float = 0.0  # 0 turns it off
+    activation_checkpointing: bool = False
+    deepspeed: str = ""  # a DeepSpeed JSON laid under the engine's own settings
+    checkpoint_every: int = 1000  # optimiser steps
+    keep_checkpoints: int = 2
+    eval_every: float = 1.0  # epochs; 0 evaluates at the end only
+    log_every: int = 10  # optimiser steps
+    max_skipped_steps: int = 20  # consecutive non-finite steps before the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The evaluation loop."""
+
+    precision: Precision = "bf16"
+    batch_frames: int = 0  # images per forward; 0 finds the fastest that fits
+    deterministic: bool = False  # fixed batch shapes: results repeat to the byte
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, whole. `method` names an entry of kineticlip.methods.METHODS."""
+
+    name: str = "run"
+    method: str = "text4vis"
+    seed: int = 1024
+    output: str = ""  # empty: runs/<name>
+    model: ModelConfig = field(default_factory=ModelConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    test: ViewConfig = field(default_factory=ViewConfig)
+    text4vis: Text4VisConfig = field(default_factory=Text4VisConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file (None: all defaults) and applies `key=value` overrides in order.
+
+    Raises UserError for a missing or malformed file, an unknown key and a value of a wrong type.
+    """
+    where: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(Path(path), where)
+    for pair in overrides:
+        _apply_override(values, pair, where)
+    return _validate(values, where, str(path) if path is not None else "--set")
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain data, ready for YAML or JSON."""
+    plain = dataclasses.asdict(config)
+    return {key: _plain(value) for key, value in plain.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_yaml(path: Path, where: dict[str, str]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a config: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(f"{path}{line}: {problem}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}:1: expected a mapping of config keys")
+    for dotted, line in _key_lines(node, ""):
+        where[dotted] = f"{path}:{line}"
+    _check_keys(values, Config, "", where, str(path))
+    return values
+
+
+def _key_lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        dotted = f"{prefix}{key.value}"
+        yield dotted, key.start_mark.line + 1
+        yield from _key_lines(value, f"{dotted}.")
+
+
+def _check_keys(
+    values: Mapping[Any, Any], kind: type, prefix: str, where: Mapping[str, str], source: str
+) -> None:
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        place = where.get(dotted, source)
+        if key not in hints:
+            raise UserError(f"{place}: unknown key '{dotted}'. {did_you_mean(str(key), hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{place}: '{dotted}' should be a mapping, got {value!r}")
+            _check_keys(value, hints[key], f"{dotted}.", where, source)  # type: ignore[arg-type]
+
+
+def _apply_override(values: dict[str, Any], pair: str, where: dict[str, str]) -> None:
+    dotted, equals, text = pair.partition("=")
+    place = f"--set {pair}"
+    if not equals:
+        raise UserError(f"{place}: expected key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    node: Any = value if value is not None or text.strip() in ("null", "~") else ""
+    *parents, leaf = dotted.split(".")
+    nested: dict[str, Any] = {leaf: node}
+    for parent in reversed(parents):
+        nested = {parent: nested}
+    _check_keys(nested, Config, "", {dotted: place}, place)
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+    target[leaf] = node
+    where[dotted] = place
+
+
+def _validate(values: dict[str, Any], where: Mapping[str, str], source: str) -> Config:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        config = TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            dotted = ".".join(str(part) for part in item["loc"] if isinstance(part, str))
+            message = item["msg"][0].lower() + item["msg"][1:]
+            problems.append(
+                f"{where.get(dotted, source)}: '{dotted}': {message}, got {item['input']!r}"
+            )
+        raise UserError("; ".join(problems)) from None
+    _check_ranges(config, where, source)
+    return config
+
+
+def _check_ranges(config: Config, where: Mapping[str, str], source: str) -> None:
+    at_least_one = {
+        "data.num_frames": config.data.num_frames,
+        "data.resolution": config.data.resolution,
+        "data.workers": config.data.workers,
+        "test.clips": config.test.clips,
+        "train.batch_size": config.train.batch_size,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.checkpoint_every": config.train.checkpoint_every,
+        "train.log_every": config.train.log_every,
+    }
+    for dotted, value in at_least_one.items():
+        if value < 1:
+            raise UserError(
+                f"{where.get(dotted, source)}: '{dotted}' should be at least 1, got {value}"
+            )

@@ -1,0 +1,67 @@
+"""Packaging: two source roots, one distribution, one console script."""
+
+import os
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# DeepSpeed ships as an sdist; its ops are compiled on first use, never while installing.
+os.environ.setdefault("DS_BUILD_OPS", "0")
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"', (HERE / "engine/kineticlip/__init__.py").read_text(), re.M
+).group(1)
+
+setup(
+    name="kineticlip",
+    version=VERSION,
+    description="Turns CLIP into a video recogniser: training, evaluation and kernels in one engine.",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    package_dir={
+        "kineticlip": "engine/kineticlip",
+        "kineticlip_kernels": "kernels/kineticlip_kernels",
+    },
+    packages=find_packages("engine") + find_packages("kernels"),
+    package_data={
+        "kineticlip": ["py.typed", "data/*", "data/*/*", "templates/*"],
+        "kineticlip_kernels": ["py.typed", "configs/*.json"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "numpy>=2.0",
+        "pillow>=11",
+        "av>=18",  # prober, fallback decoder, and the encoder of the demo clips
+        "torchcodec>=0.17",  # the fast CPU decoder; needs the system's FFmpeg libraries
+        "open_clip_torch>=3.3",  # tokenizer, text towers, pretrained weights
+        "deepspeed>=0.19.8,<0.20",
+        "safetensors>=0.5",
+        "pydantic>=2.10",  # values of the config
+        "pyyaml>=6",
+        "pyarrow>=18",  # per-video results as Parquet
+        "jinja2>=3.1",  # the HTML report
+        "tqdm>=4.66",
+        "scikit-learn>=1.5",  # LDA classifier
+        'triton>=3.6; platform_system == "Linux"',
+        'xformers>=0.0.35; platform_system == "Linux"',
+        'nvidia-dali-cuda130>=2.4; platform_system == "Linux" and platform_machine == "x86_64"',
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "types-PyYAML",
+            "transformers>=4.57",  # XCLIPModel, the reference of the X-CLIP port
+        ],
+        "monitor": ["tensorboard>=2.18"],
+    },
+    entry_points={"console_scripts": ["kineticlip=kineticlip.cli:main"]},
+)
