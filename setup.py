@@ -17,7 +17,7 @@ VERSION = re.search(
 setup(
     name="kineticlip",
     version=VERSION,
-    description="Turns CLIP into a video recogniser: training, evaluation and kernels in one engine.",
+    description="CLIP as a video recogniser: training, evaluation and kernels in one engine.",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",

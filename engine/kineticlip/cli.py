@@ -40,7 +40,7 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. 0 done, 1 a check failed, 2 the caller's mistake (one line on stderr)."""
+    """Runs one subcommand; 0: done, 1: a check failed, 2: the caller's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     selected = next((word for word in arguments if not word.startswith("-")), None)
     args = build_parser(selected).parse_args(arguments)

@@ -191,8 +191,8 @@ def _read_yaml(path: Path, where: dict[str, str]) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}:1: expected a mapping of config keys")
-    for dotted, line in _key_lines(node, ""):
-        where[dotted] = f"{path}:{line}"
+    for dotted, number in _key_lines(node, ""):
+        where[dotted] = f"{path}:{number}"
     _check_keys(values, Config, "", where, str(path))
     return values
 
@@ -218,7 +218,7 @@ def _check_keys(
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise UserError(f"{place}: '{dotted}' should be a mapping, got {value!r}")
-            _check_keys(value, hints[key], f"{dotted}.", where, source)  # type: ignore[arg-type]
+            _check_keys(value, hints[key], f"{dotted}.", where, source)
 
 
 def _apply_override(values: dict[str, Any], pair: str, where: dict[str, str]) -> None:
