@@ -22,8 +22,8 @@ class Method:
     [B, T, 3, S, S] (uint8, or float32 already normalised) to logits [B, C].
     loss(model, batch) gives the scalar to minimise and what to log; it calls `model(...)`, which
     may be a wrapper such as a DeepSpeed engine.
-    score(model, videos) gives probabilities [len(videos), C] in float32, views aggregated as the
-    official code does.
+    score(model, videos, chunk) gives probabilities [len(videos), C] in float32, views aggregated as
+    the official code does; the trunk sees at most `chunk` images at a time.
     param_groups(model, config) gives optimiser groups with their own `lr`; frozen parameters
     are in none.
     pipeline names the sampling and pixel rules of the official code (data.pipeline auto).
@@ -31,6 +31,6 @@ class Method:
 
     build: Callable[[Config, Sequence[str]], nn.Module]
     loss: Callable[[Callable[..., Any], Batch], tuple[Tensor, Metrics]]
-    score: Callable[[nn.Module, Sequence[VideoViews]], Tensor]
+    score: Callable[[nn.Module, Sequence[VideoViews], int], Tensor]
     param_groups: Callable[[nn.Module, Config], list[dict[str, Any]]]
     pipeline: Literal["text4vis", "evl", "bike"] = "text4vis"
