@@ -1,0 +1,82 @@
+"""Imports go one direction: the layers below, bottom first."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ENGINE = Path(__file__).parents[1] / "engine" / "kineticlip"
+KERNELS = Path(__file__).parents[1] / "kernels" / "kineticlip_kernels"
+
+# A module may import its own layer and the layers above it in this list, never a later one.
+LAYERS = (
+    {"errors"},
+    {"config", "official"},
+    {"batch", "prompts", "distributed", "measure"},
+    {"video"},
+    {"sampling", "views", "augment", "dataset", "loader", "prepare", "demo"},
+    {"architectures", "info"},
+    {"vision", "resnet", "temporal", "formats", "text", "classifier"},
+    {"checkpoint"},
+    {"methods"},
+    {"metrics", "results", "optim"},
+    {"train", "evaluate", "predictor", "features"},
+    {"report", "parity"},
+    {"commands"},
+    {"cli", "__main__"},
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def modules(root: Path) -> Iterator[Path]:
+    return (
+        path for path in root.rglob("*.py") if path.name != "__init__.py" or path.parent != root
+    )
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(ENGINE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            if node.module == "kineticlip":
+                yield from ((node.lineno, f"kineticlip.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module
+
+
+@pytest.mark.parametrize("path", sorted(modules(ENGINE)), ids=lambda p: str(p.relative_to(ENGINE)))
+def test_engine_imports_only_downward(path: Path) -> None:
+    own = layer_of(path)
+    assert own in RANK, f"{own} has no place in LAYERS"
+    for line, name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "kineticlip" or len(parts) < 2 or parts[1] == "__version__":
+            continue
+        assert parts[1] in RANK, f"{path}:{line}: {name} has no place in LAYERS"
+        assert RANK[parts[1]] <= RANK[own], f"{path}:{line}: {own} must not import {name}"
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: p.name)
+def test_kernels_never_import_the_engine(path: Path) -> None:
+    roots = {name.split(".")[0] for _, name in imports(path)}
+    assert "kineticlip" not in roots, f"{path} imports the engine"
+    if not path.stem.endswith("_triton"):
+        top = {
+            name.split(".")[0]
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
+        }
+        assert "triton" not in top, f"{path} imports triton before it is chosen"
