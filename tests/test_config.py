@@ -43,7 +43,7 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
         ("model:\n  kernels: fast\n", ":2: 'model.kernels': input should be 'auto'"),
         ("data: 3\n", ":1: 'data' should be a mapping"),
         ("- 1\n", ":1: expected a mapping"),
-        ("data:\n  num_frames: [\n", "did not find expected"),
+        ("data:\n  num_frames: [\n", "expected the node content"),
         ("data:\n  num_frames: 0\n", ":2: 'data.num_frames' should be at least 1, got 0"),
     ],
 )
