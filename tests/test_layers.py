@@ -19,7 +19,7 @@ LAYERS = (
     {"video"},
     {"sampling", "views", "augment", "dataset", "loader", "prepare", "demo"},
     {"architectures", "info"},
-    {"vision", "resnet", "temporal", "formats", "text", "classifier"},
+    {"transformer", "vision", "resnet", "temporal", "formats", "weights", "text", "classifier"},
     {"checkpoint"},
     {"methods"},
     {"metrics", "results", "optim"},
