@@ -1,0 +1,40 @@
+"""What several test files need: the optional folder of real videos beside the repository."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real media and golden outputs; tests over it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED.name!r} beside the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def shared_videos(shared: Path) -> Callable[[str], Path]:
+    """`shared_videos(name)`: the path of one real video; fails when the folder lacks it."""
+
+    def locate(name: str) -> Path:
+        path = shared / "videos" / name
+        assert path.is_file(), f"{path} is missing"
+        return path
+
+    return locate
+
+
+def read_index(folder: str) -> list[dict[str, str]]:
+    """Rows of `<shared>/<folder>/INDEX.tsv`; empty where the folder is absent."""
+    path = SHARED / folder / "INDEX.tsv"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
