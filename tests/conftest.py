@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,12 +28,3 @@ def shared_videos(shared: Path) -> Callable[[str], Path]:
         return path
 
     return locate
-
-
-def read_index(folder: str) -> list[dict[str, str]]:
-    """Rows of `<shared>/<folder>/INDEX.tsv`; empty where the folder is absent."""
-    path = SHARED / folder / "INDEX.tsv"
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
