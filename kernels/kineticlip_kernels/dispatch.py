@@ -1,0 +1,71 @@
+"""Which face of an op runs, and why not another. Choice is an argument; nothing is global."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "reference", "triton"]
+
+# What the Triton kernels load and store; they compute in fp32.
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class UnsupportedInput(ValueError):
+    """The face asked for cannot run on these tensors; the message lists every reason."""
+
+
+def choose(op: str, impl: str, why_not: Sequence[str], *, fast: str = "triton") -> str:
+    """The face to run: `fast` under "auto" unless there is a reason against it.
+
+    Raises UnsupportedInput where `fast` was asked for by name and cannot run.
+    """
+    if impl == "auto":
+        return "reference" if why_not else fast
+    if impl == fast and why_not:
+        raise UnsupportedInput(f"{op}: impl={fast!r} cannot run: {'; '.join(why_not)}")
+    if impl not in ("reference", fast):
+        raise UnsupportedInput(f"{op}: unknown impl {impl!r}; known: auto, reference, {fast}")
+    return impl
+
+
+def triton_reasons(impl: str, **tensors: Tensor) -> list[str]:
+    """Why a Triton kernel cannot take these tensors; empty when it can.
+
+    Under Triton's interpreter CPU tensors will do, but only for impl="triton": it is a debugger,
+    thousands of times slower than the reference, and "auto" must not pick it.
+    """
+    interpreted = impl == "triton" and interpreting()
+    reasons = []
+    if not triton_installed():
+        reasons.append("triton is not installed")
+    for name, tensor in tensors.items():
+        if not tensor.is_cuda and not interpreted:
+            reasons.append(f"{name} is on {tensor.device.type}")
+        if tensor.dtype not in TRITON_DTYPES:
+            reasons.append(f"{name} is {dtype_name(tensor.dtype)} (supported: fp32, fp16, bf16)")
+    return reasons
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether `import triton` would find something; imports nothing."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's CPU interpreter (TRITON_INTERPRET=1 before its import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32, bf16, ...: the short names used in messages, configs and results."""
+    short = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
+    short |= {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}
+    return short.get(dtype, str(dtype).removeprefix("torch."))

@@ -1,0 +1,79 @@
+"""LayerNorm over the last axis, alone and fused with the residual addition before it.
+
+Shape letters: D width. Statistics are fp32 (fp64 for fp64) whatever the dtype of the tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kineticlip_kernels.dispatch import Impl, choose, triton_reasons
+
+MAX_WIDTH = 16384  # a row is one block: 64 KiB of fp32 in registers
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto"
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias. x [..., D], weight and bias [D] -> [..., D].
+
+    weight and bias may be wider than x (fp32 parameters under bf16 activations); the result has
+    the dtype of x. Raises UnsupportedInput where the face asked for cannot run.
+    """
+    if choose("layer_norm", impl, reasons(impl, x, weight, bias)) == "reference":
+        return layer_norm_reference(x, weight, bias, eps)
+    from kineticlip_kernels.norm_triton import layer_norm_triton
+
+    return layer_norm_triton(x, weight, bias, eps)
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """The specification of `layer_norm` in plain PyTorch."""
+    # ATen's CPU kernel takes bf16 rows with fp32 or bf16 parameters in one pass, fp32 inside.
+    if x.dtype == weight.dtype or (x.device.type == "cpu" and weight.dtype == torch.float32):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+    return y.to(x.dtype)
+
+
+def add_layer_norm(
+    residual: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The residual stream after one more update, and its LayerNorm.
+
+    residual and update [..., D] of one dtype -> (residual + update, layer_norm of it), both
+    [..., D] of that dtype. The statistics are those of the sum as it is stored.
+    """
+    why_not = reasons(impl, residual, weight, bias)
+    if update.shape != residual.shape or update.dtype != residual.dtype:
+        why_not.append("residual and update differ in shape or dtype")
+    if choose("add_layer_norm", impl, why_not) == "reference":
+        return add_layer_norm_reference(residual, update, weight, bias, eps)
+    from kineticlip_kernels.norm_triton import add_layer_norm_triton
+
+    return add_layer_norm_triton(residual, update, weight, bias, eps)
+
+
+def add_layer_norm_reference(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The specification of `add_layer_norm` in plain PyTorch."""
+    total = residual + update
+    return total, layer_norm_reference(total, weight, bias, eps)
+
+
+def reasons(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
+    """Why the Triton face cannot take these tensors."""
+    why_not = triton_reasons(impl, x=x, weight=weight, bias=bias)
+    if x.shape[-1] > MAX_WIDTH:
+        why_not.append(f"rows of {x.shape[-1]} elements (at most {MAX_WIDTH})")
+    return why_not
