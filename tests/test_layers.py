@@ -15,7 +15,7 @@ KERNELS = Path(__file__).parents[1] / "kernels" / "kineticlip_kernels"
 LAYERS = (
     {"errors"},
     {"config", "official"},
-    {"batch", "prompts", "distributed", "measure"},
+    {"batch", "prompts", "distributed", "measure", "journal"},
     {"video"},
     {"sampling", "views", "augment", "dataset", "loader", "prepare", "demo"},
     {"architectures", "info"},
