@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "rank class names for one video",
     "eval": "score a list of videos with several views each",
     "train": "train under DeepSpeed, resuming where the last checkpoint stands",
+    "convert": "rewrite a checkpoint of one code base for another",
     "report": "make one HTML page from the result files of an evaluation",
     "frames": "write chosen frames of a video, by number",
 }
