@@ -34,8 +34,10 @@ class ClassifierConfig:
 
     source: str = "text"  # text, random_normal, random_orthogonal, or a .safetensors file
     template: str = "a video of a person {}."
+    templates: tuple[str, ...] = ()  # several: the mean of their unit features; replaces template
     text_weights: str = ""  # empty: the text tower of model.weights
     center: bool = False  # remove the mean of the training classes' features
+    center_labels: str = ""  # those classes, where they are not the ones scored (zero-shot)
     seed: int = 0  # of the two random sources
 
 
