@@ -59,6 +59,7 @@ class DataConfig:
     sampling_rate: int = 16  # frame stride of the evl pipeline's dense sampling
     augmentation: Literal["none", "released", "published"] = "released"
     flip: bool = True  # mirror half of the training clips; off where direction is the label
+    something: bool = False  # Something-Something: fixed frame size, label-swapping mirror
     min_frames: int = 0  # shorter entries of the training list are dropped and counted
     shots: int = 0  # K-shot training; 0 trains on everything
     workers: int = 2  # decoding threads of one process
