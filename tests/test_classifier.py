@@ -1,0 +1,191 @@
+"""Where classifier rows come from, and their file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kineticlip.classifier import (
+    Classifier,
+    build_classifier,
+    lda_classifier,
+    load_classifier,
+    project,
+    save_classifier,
+    sentence_classifier,
+)
+from kineticlip.config import ClassifierConfig, Config, ModelConfig
+from kineticlip.errors import UserError
+from kineticlip.text import text_features
+from kineticlip.weights import resolve_weights
+
+NAMES = ("archery", "bowling", "capoeira", "dodgeball")
+
+
+def configured(**options: object) -> Config:
+    return Config(
+        model=ModelConfig(arch="ViT-tiny-16", weights="random"),
+        classifier=ClassifierConfig(**options),
+        seed=3,
+    )
+
+
+def features_of(*prompts: str) -> torch.Tensor:
+    return text_features(resolve_weights("ViT-tiny-16", "random"), prompts, seed=3)
+
+
+def test_text_rows_are_the_raw_features_of_the_prompts() -> None:
+    built = build_classifier(configured(), NAMES)
+    expected = features_of(*(f"a video of a person {name}." for name in NAMES))
+    assert torch.equal(built.matrix, expected) and built.names == NAMES
+    assert built.provenance["weights"] == "random" and built.provenance["seed"] == 3
+    other = build_classifier(replace(configured(), seed=4), NAMES)
+    assert not torch.allclose(other.matrix, built.matrix)
+
+
+def test_templates_are_averaged_as_unit_features() -> None:
+    templates = ("a photo of {}.", "{} on film")
+    built = build_classifier(configured(templates=templates), NAMES)
+    parts = [
+        F.normalize(features_of(*(template.format(name) for name in NAMES)), dim=-1)
+        for template in templates
+    ]
+    torch.testing.assert_close(built.matrix, (parts[0] + parts[1]) / 2)
+    with pytest.raises(UserError, match=r"expected one \{\} in 'a video'"):
+        build_classifier(configured(template="a video"), NAMES)
+
+
+def test_random_rows() -> None:
+    many = [str(number) for number in range(100)]
+    normal = build_classifier(configured(source="random_normal", seed=1), many).matrix
+    assert normal.shape == (100, 128)
+    assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
+    again = build_classifier(configured(source="random_normal", seed=1), many).matrix
+    assert torch.equal(normal, again)
+    other = build_classifier(configured(source="random_normal", seed=2), many).matrix
+    assert not torch.allclose(normal, other)
+
+    orthogonal = build_classifier(configured(source="random_orthogonal"), many).matrix
+    torch.testing.assert_close(orthogonal @ orthogonal.T, torch.eye(100), atol=1e-6, rtol=0)
+    q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((128, 128)))
+    torch.testing.assert_close(orthogonal, torch.from_numpy(q[:100]).float())
+    with pytest.raises(UserError, match="129 orthogonal rows do not fit in 128"):
+        build_classifier(configured(source="random_orthogonal"), [*many, *map(str, range(29))])
+
+
+def test_new_classes_move_by_the_training_classes_mean() -> None:
+    training = build_classifier(configured(center=True), NAMES)
+    assert training.center is not None
+    torch.testing.assert_close(training.matrix.mean(0), torch.zeros(128), atol=1e-6, rtol=0)
+    new = build_classifier(configured(center=True), ("juggling",), training_names=NAMES)
+    assert new.center is not None and torch.equal(new.center, training.center)
+    plain = build_classifier(configured(), ("juggling",))
+    torch.testing.assert_close(new.matrix, F.normalize(plain.matrix, dim=-1) - training.center)
+
+
+def test_file_keeps_rows_names_and_provenance(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "k.safetensors"
+    built = build_classifier(configured(center=True), NAMES)
+    save_classifier(built, path)
+    loaded = load_classifier(path)
+    assert torch.equal(loaded.matrix, built.matrix) and loaded.names == NAMES
+    assert loaded.provenance == json.loads(json.dumps(built.provenance))
+    assert loaded.center is not None and torch.equal(loaded.center, built.center)
+    assert [item.name for item in path.parent.iterdir()] == ["k.safetensors"]
+
+    chosen = build_classifier(configured(source=str(path)), ("bowling", "archery"))
+    assert torch.equal(chosen.matrix, built.matrix[[1, 0]])
+    with pytest.raises(UserError, match=r"no row for 1 of 2 classes.*Did you mean 'archery'"):
+        build_classifier(configured(source=str(path)), ("archery ", "bowling"))
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such classifier file"):
+        load_classifier(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="not a classifier file"):
+        load_classifier(tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match=r"unknown source 'tekst'\. Did you mean 'text'"):
+        build_classifier(configured(source="tekst"), NAMES)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_lda_rows_separate_what_means_alone_do_not(classes: int) -> None:
+    """Classes apart along a quiet direction, under a loud one that says nothing."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), 60)
+    embeddings = rng.normal(size=(len(labels), 16))
+    embeddings[:, 0] *= 30
+    embeddings[:, 1:6] += 2.5 * np.eye(5)[labels]
+    names = [f"class {index}" for index in range(classes)]
+    built = lda_classifier(embeddings, labels, names, shrinkage=0.1)
+    assert built.matrix.shape == (classes, 16)
+    assert built.provenance["shrinkage"] == 0.1 and built.provenance["videos"] == 60 * classes
+
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(embeddings, labels)
+    rows = built.matrix.numpy()
+    coefficients = rows if classes > 2 else rows[1:] - rows[:1]
+    np.testing.assert_allclose(coefficients, reference.coef_, atol=1e-4)
+    scores = embeddings @ rows.T
+    means = np.stack([embeddings[labels == index].mean(0) for index in range(classes)])
+    assert (scores.argmax(1) == labels).mean() > 0.8
+    assert ((embeddings @ means.T).argmax(1) == labels).mean() < 0.75
+
+
+def test_lda_needs_every_class() -> None:
+    with pytest.raises(UserError, match="no video of class 'b'"):
+        lda_classifier(np.zeros((4, 3)), np.array([0, 0, 2, 2]), ["a", "b", "c"])
+    with pytest.raises(UserError, match="label 3 of 2 classes"):
+        lda_classifier(np.zeros((2, 3)), np.array([0, 3]), ["a", "b"])
+
+
+def test_projection() -> None:
+    rows = torch.randn(12, 48, generator=torch.Generator().manual_seed(0))
+    assert project(rows, 48, how="orthogonal") is rows
+    wide = project(rows, 64, how="orthogonal", seed=5)
+    torch.testing.assert_close(wide @ wide.T, rows @ rows.T, atol=1e-4, rtol=0)
+    assert project(rows, 32, how="orthogonal").shape == (12, 32)
+    pca = project(rows, 11, how="pca")
+    offset = rows - rows.mean(0)  # 12 centred rows span 11 directions: nothing is lost
+    torch.testing.assert_close(pca @ pca.T, offset @ offset.T, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="no 12 directions"):
+        project(rows, 12, how="pca")
+
+
+def test_rows_of_a_language_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    encode = transformers.DistilBertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    torch.manual_seed(0)
+    model = transformers.DistilBertModel(
+        transformers.DistilBertConfig(
+            vocab_size=len(words), dim=24, hidden_dim=32, n_layers=1, n_heads=2
+        )
+    ).eval()
+    encode.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+
+    names = (*NAMES, "archery bowling capoeira")  # ragged, so padding must not count
+    built = sentence_classifier(tmp_path / "model", names, 24)
+    with torch.inference_mode():
+        for row, name in zip(built.matrix, names, strict=True):
+            states = model(**encode(name, return_tensors="pt")).last_hidden_state[0]
+            torch.testing.assert_close(row, states.mean(0), atol=1e-5, rtol=0)
+    first = sentence_classifier(tmp_path / "model", names, 128, pooling="first", seed=2)
+    assert first.matrix.shape == (5, 128) and first.provenance["projection"] == "orthogonal"
+    with pytest.raises(UserError, match="no model folder"):
+        sentence_classifier(tmp_path, names, 24)
+
+
+def test_classifier_of_no_file_has_no_row() -> None:
+    with pytest.raises(UserError, match="here: no row for 1 of 1 classes"):
+        Classifier(torch.zeros(1, 2), ("a",)).for_names(["b"], "here")
