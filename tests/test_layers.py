@@ -17,7 +17,7 @@ LAYERS = (
     {"config", "official"},
     {"batch", "prompts", "distributed", "measure", "journal"},
     {"video"},
-    {"sampling", "views", "augment", "dataset", "loader", "prepare", "demo"},
+    {"sampling", "views", "randaugment", "augment", "dataset", "loader", "prepare", "demo"},
     {"architectures", "info"},
     {"transformer", "vision", "resnet", "temporal", "formats", "weights", "text", "classifier"},
     {"checkpoint"},

@@ -74,7 +74,7 @@ def text4vis_geometry(
     the five, then mirrored. Offsets are quarters of the margin rounded down, so the right crop may
     end up to three pixels short of the border: an official quirk, kept.
     """
-    width, height = fixed or _shorter_to(width, height, text4vis_short_side(size))
+    width, height = fixed or text4vis_frame_size(width, height, size)
     if crops == 1:
         corners = [(_centre(width, size), _centre(height, size))]
     elif crops in (3, 5, 10):
@@ -93,7 +93,7 @@ def text4vis_geometry(
 
 def evl_geometry(width: int, height: int, *, size: int, crops: int) -> Geometry:
     """The views of EVL and Vita-CLIP: 1 centre crop, or 3 along the long side, first to last."""
-    width, height = _shorter_to(width, height, size)
+    width, height = shorter_to(width, height, size)
     x, y = width - size, height - size
     if crops == 1:
         corners = [(x // 2, y // 2)]
@@ -115,12 +115,13 @@ def geometry(
     return text4vis_geometry(width, height, size=size, crops=crops, fixed=fixed)
 
 
-def text4vis_short_side(size: int) -> int:
-    """The short side that frames are brought to before a crop of `size`: 256 for 224, else size."""
-    return 256 if size == 224 else size
+def text4vis_frame_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) of a frame before crops of `size`: short side 256 for 224, else `size`."""
+    return shorter_to(width, height, 256 if size == 224 else size)
 
 
-def _shorter_to(width: int, height: int, side: int) -> tuple[int, int]:
+def shorter_to(width: int, height: int, side: int) -> tuple[int, int]:
+    """(width, height) with the shorter of them brought to `side`, the other rounded down."""
     if width < height:
         return side, int(side * height / width)
     return int(side * width / height), side
