@@ -82,6 +82,8 @@ class Text4VisConfig:
     header_layers: int = 6
     temporal_module: Literal["none", "tokenshift", "tokent1d", "tsm"] = "none"
     joint: bool = False  # joint space-time attention
+    drop_out: float = 0.0  # of the last block; rises linearly from none in the first
+    embedding_drop_out: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
