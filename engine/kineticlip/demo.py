@@ -1,12 +1,14 @@
 """The demo's data: short H.264 clips of coloured things in motion, whose class names are sentences.
 
 Some pairs of thing and motion are kept out of training; their sentences are scored zero-shot.
-Everything is rendered here from a seed, so the clips carry no licence but this project's.
+Everything is made here from a seed: the clips carry no licence but this project's, and the small
+CLIP that training starts from has never seen anything.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +38,12 @@ MOTIONS = (
 KEPT_OUT = tuple((i, (i + step) % len(MOTIONS)) for i in range(len(THINGS)) for step in (0, 2))
 
 WIDTH, HEIGHT, FRAMES, RATE = 80, 64, 16, 16
+
+ARCHITECTURE = "ViT-tiny-16"
+# Positions eight times CLIP's start: where the ball is says what it does, and a loud position
+# halves the steps until the motions are told apart (62 % instead of 44 % after 450 steps of 16).
+POSITION_GAIN = 8.0
+LOGIT_SCALE = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,4 +172,27 @@ def _write_labels(path: Path, names: Sequence[str]) -> Path:
         writer = csv.writer(file)
         writer.writerow(("id", "name"))
         writer.writerows(enumerate(names))
+    return path
+
+
+def write_start_weights(path: Path, *, seed: int = 1) -> Path:
+    """The untrained CLIP, both towers, that the demo trains from; in our own format."""
+    import torch
+
+    from kineticlip.architectures import VisionShape, architecture
+    from kineticlip.formats import save_checkpoint
+    from kineticlip.text import text_tower
+    from kineticlip.vision import VisionTransformer
+
+    model = architecture(ARCHITECTURE)
+    assert isinstance(model.vision, VisionShape)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        visual = VisionTransformer(model.vision)
+        visual.positional_embedding.mul_(POSITION_GAIN)
+    text = text_tower(model.text, None, seed=seed)
+    tensors = {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}
+    tensors |= {name: tensor for name, tensor in text.state_dict().items() if name != "attn_mask"}
+    tensors["logit_scale"] = torch.tensor(math.log(LOGIT_SCALE))
+    save_checkpoint(path, tensors, {"made_by": "kineticlip demo", "untrained": "true"})
     return path
