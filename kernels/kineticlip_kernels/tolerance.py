@@ -11,7 +11,9 @@ results that the baseline happens to get exactly right.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,65 @@ def compare(name: str, candidate: Tensor, baseline: Tensor, truth: Tensor) -> Co
     scale = _largest(truth)
     bound = 2 * max_error(baseline, truth) + FLOOR[candidate.dtype] * scale
     return Comparison(name, max_error(candidate, truth), bound)
+
+
+def verify(
+    reference: Callable[..., Any], candidate: Callable[..., Any], inputs: Mapping[str, Any]
+) -> list[Comparison]:
+    """Applies the rule to every output of an op, and to the gradient of every input that wants one.
+
+    Both functions are called with `inputs` as keywords: tensors, anything else, and lists or
+    tuples of both. Outputs are a tensor or a tuple of tensors. The gradient that comes from above
+    is one fixed random draw for all three runs.
+    """
+    runs = [_run(candidate, inputs, None), _run(reference, inputs, None)]
+    runs.append(_run(reference, inputs, torch.float64))
+    found, baseline, truth = runs
+    assert found.keys() == truth.keys(), (list(found), list(truth))
+    return [compare(name, found[name], baseline[name], truth[name]) for name in truth]
+
+
+def _run(
+    function: Callable[..., Any], inputs: Mapping[str, Any], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name; dtype, where given, replaces that of every float input."""
+    fresh = {name: _fresh(value, dtype) for name, value in inputs.items()}
+    result = function(**fresh)
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    named = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    wanted = [(name, t) for name, t in _tensors("", fresh) if t.requires_grad]
+    if not wanted:
+        return named
+    generator = torch.Generator().manual_seed(len(outputs))
+    given = [torch.randn(output.shape, generator=generator) for output in outputs]
+    original = next(t.dtype for _, t in _tensors("", inputs) if t.requires_grad)
+    grads = torch.autograd.grad(
+        outputs,
+        [tensor for _, tensor in wanted],
+        [grad.to(original).to(out) for grad, out in zip(given, outputs, strict=True)],
+    )
+    return named | {f"grad {name}": g for (name, _), g in zip(wanted, grads, strict=True)}
+
+
+def _fresh(value: Any, dtype: torch.dtype | None) -> Any:
+    """A leaf with the same values, strides and requires_grad, in dtype where it is a float."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fresh(item, dtype) for item in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    leaf = value.detach()
+    return (leaf if dtype is None else leaf.to(dtype)).requires_grad_(value.requires_grad)
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(f"{name}.{key}".strip("."), item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _tensors(f"{name}.{index}", item)
 
 
 def max_error(candidate: Tensor, truth: Tensor) -> float:

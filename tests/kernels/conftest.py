@@ -1,0 +1,30 @@
+"""Kernel tests: the repaired interpreter where there is no GPU, and poisoned outputs everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kineticlip_kernels import launch
+
+if not torch.cuda.is_available():
+    import interpreter_shim
+
+    interpreter_shim.install()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel is to fill starts as NaN, or as the largest integer."""
+
+    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        memory = torch.empty(shape, dtype=dtype, device=device)
+        if dtype == torch.float8_e4m3fn:
+            memory.view(torch.uint8).fill_(0x7F)  # its NaN
+        elif dtype.is_floating_point:
+            memory.fill_(float("nan"))
+        else:
+            memory.fill_(torch.iinfo(dtype).max)
+        return memory
+
+    monkeypatch.setattr(launch, "empty", empty)

@@ -1,0 +1,67 @@
+"""LayerNorm, alone and with the residual addition: the Triton face against the reference."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from kernel_rig import BF16, DTYPES, FP32, check, randn, strided
+
+from kineticlip_kernels.norm import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    layer_norm,
+    layer_norm_reference,
+)
+
+# 7 rows: no multiple of a program's 4 (forward) or 2 (backward). 50: under a block; 64: exactly
+# one; 1: a row without variance.
+SHAPES = [(7, 50), (1, 64), (2, 3, 33), (5, 1), (0, 24)]
+
+
+def parameters(width: int, dtype: torch.dtype, grad: bool = True) -> dict[str, torch.Tensor]:
+    weight = randn(width, dtype=dtype, seed=2, mean=1.0, scale=0.3, grad=grad)
+    return {"weight": weight, "bias": randn(width, dtype=dtype, seed=3, grad=grad)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = randn(*shape, dtype=dtype)
+    face = partial(layer_norm, impl="triton")
+    check(layer_norm_reference, face, x=x, **parameters(shape[-1], dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    pair = {"residual": randn(*shape, dtype=dtype), "update": randn(*shape, dtype=dtype, seed=1)}
+    face = partial(add_layer_norm, impl="triton")
+    check(add_layer_norm_reference, face, **pair, **parameters(shape[-1], dtype))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_wide_parameters_under_narrow_activations(frozen: bool) -> None:
+    x, fp32 = randn(6, 40, dtype=BF16), parameters(40, FP32, grad=not frozen)
+    check(layer_norm_reference, partial(layer_norm, impl="triton"), x=x, **fp32)
+
+
+def test_large_mean_keeps_its_variance() -> None:
+    x = randn(4, 48, mean=1000.0)
+    check(layer_norm_reference, partial(layer_norm, impl="triton"), x=x, **parameters(48, FP32))
+
+
+def test_rows_and_columns_with_gaps() -> None:
+    face, rest = partial(layer_norm, impl="triton"), parameters(24, FP32)
+    check(layer_norm_reference, face, x=strided(randn(5, 24)), **rest)
+    class_token = randn(5, 3, 24).detach()[:, 0].requires_grad_()  # what ln_post sees
+    assert not class_token.is_contiguous()
+    check(layer_norm_reference, face, x=class_token, **rest)
+
+
+def test_gradient_of_the_stream_alone() -> None:
+    inputs = [randn(3, 8, seed=seed) for seed in (0, 1)]
+    total, _ = add_layer_norm(*inputs, *parameters(8, FP32).values(), impl="triton")
+    grads = torch.autograd.grad(total.sum(), inputs)
+    assert all(torch.equal(grad, torch.ones(3, 8).to(grad)) for grad in grads)
