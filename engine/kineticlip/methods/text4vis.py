@@ -1,0 +1,229 @@
+"""Text4Vis (AAAI'23, IJCV'23): CLIP's frame embeddings, a temporal header, a frozen classifier.
+
+Shape letters: B clips, T frames, M = B * T images, S side in pixels, E embedding, C classes,
+V views of a video.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kineticlip.architectures import ResNetShape
+from kineticlip.batch import Batch, VideoViews
+from kineticlip.classifier import Classifier, build_classifier
+from kineticlip.config import Config
+from kineticlip.errors import UserError
+from kineticlip.formats import load_into
+from kineticlip.methods.method import Method, Metrics
+from kineticlip.methods.trunk import build_visual, encode_images, gather_views, seeded
+from kineticlip.temporal import TEMPORAL_MODULES, TemporalTransformer
+from kineticlip.weights import Weights, resolve_weights
+
+log = logging.getLogger(__name__)
+
+TEST_SCALE = 100.0  # the official tests use this constant in place of exp(logit_scale)
+LOGIT_SCALE = 2.6593  # ln(1 / 0.07), where no weights bring their own
+
+
+class VideoCLIP(nn.Module):
+    """The official model, parameter for parameter: `visual`, `fusion_model`, `logit_scale`.
+
+    per_clip: the tower mixes the frames of a clip inside itself, so it needs whole clips. The
+    header is bypassed where a clip has one row: with T = 1, and with joint attention, which
+    gives one row a clip; the official code does so too.
+    """
+
+    classifier: Tensor
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        header: nn.Module | None,
+        *,
+        embed: int,
+        per_clip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.visual = visual
+        self.fusion_model = header
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
+        self.embed, self.per_clip = embed, per_clip
+        self.class_names: tuple[str, ...] = ()
+        self.register_buffer("classifier", torch.empty(0, embed), persistent=False)
+
+    def set_classifier(self, classifier: Classifier) -> None:
+        """Takes new classes; rows are normalised here, once. UserError for another width."""
+        if classifier.matrix.shape[1] != self.embed:
+            raise UserError(
+                f"classifier: rows of {classifier.matrix.shape[1]}, embeddings of {self.embed}"
+            )
+        rows = F.normalize(classifier.matrix.float(), dim=-1)
+        self.classifier = rows.to(self.logit_scale.device)  # [C, E]
+        self.class_names = classifier.names
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [B, T, 3, S, S], uint8 or normalised -> float32 logits [B, C]."""
+        return self.logits(self.encode_clips(pixels), self.logit_scale.float().exp())
+
+    def logits(self, videos: Tensor, scale: Tensor | float) -> Tensor:
+        """scale * cosine of video embeddings [B, E] and classes, float32 [B, C]."""
+        with torch.autocast(videos.device.type, enabled=False):  # half precision steps are 0.06
+            return scale * F.normalize(videos.float(), dim=-1) @ self.classifier.T
+
+    def encode_clips(self, pixels: Tensor) -> Tensor:
+        """pixels [B, T, 3, S, S] -> video embeddings [B, E], not normalised."""
+        clips = len(pixels)
+        frames = self.encode_frames(pixels.flatten(0, 1))  # [M, E], or [B, E] if joint
+        return self.encode_video(frames.unflatten(0, (clips, -1)))
+
+    def encode_frames(self, pixels: Tensor) -> Tensor:
+        """Images [M, 3, S, S] -> [M, E]; with joint attention [B, E], T rows in a clip."""
+        embeddings: Tensor = self.visual(pixels)
+        return embeddings
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """Frame embeddings [B, T, E] through the header -> [B, E]."""
+        if self.fusion_model is not None and frames.shape[1] > 1:
+            frames = self.fusion_model(frames.to(self.logit_scale.dtype))
+        return frames.mean(dim=1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """`.to()` and friends move the classifier but leave it in float32."""
+        rows = self.classifier
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.classifier = rows.to(self.classifier.device)
+        return self
+
+
+def build(config: Config, class_names: Sequence[str]) -> VideoCLIP:
+    """The model of a configuration; weights of CLIP or of a whole fine-tuned checkpoint."""
+    options, frames = config.text4vis, config.data.num_frames
+    weights = resolve_weights(config.model.arch, config.model.weights)
+    resnet = isinstance(weights.model.vision, ResNetShape)
+    module = options.temporal_module
+    if resnet and module not in ("none", "tsm"):
+        raise UserError(f"text4vis.temporal_module: a ResNet has 'none' and 'tsm', not '{module}'")
+    if module != "none" and options.joint:
+        raise UserError("text4vis: joint attention and a temporal module exclude each other")
+    shifts = None
+    if module != "none" and not resnet:
+        shifts = partial(TEMPORAL_MODULES[module], frames=frames)
+    visual = build_visual(
+        config,
+        weights,
+        control_point=shifts,
+        joint_frames=frames if options.joint else 0,
+        shift_frames=frames if module == "tsm" else 0,
+        drop_out=options.drop_out,
+        embedding_drop_out=options.embedding_drop_out,
+    )
+    model = VideoCLIP(
+        visual,
+        _header(config, weights),
+        embed=weights.model.embed,
+        per_clip=module != "none" or options.joint,
+    )
+    if weights.path is not None:
+        _load_rest(model, weights)
+    if model.fusion_model is not None and (options.joint or frames == 1):
+        log.warning("text4vis.header: one embedding a clip, so the temporal transformer is idle")
+        model.fusion_model.requires_grad_(False)
+    model.set_classifier(build_classifier(config, class_names, weights=weights))
+    return model
+
+
+def _header(config: Config, weights: Weights) -> nn.Module | None:
+    if config.text4vis.header == "mean":
+        return None
+    with seeded(config.seed):
+        return TemporalTransformer(
+            weights.model.embed,
+            weights.model.header_heads,
+            layers=config.text4vis.header_layers,
+            kernels=config.model.kernels,
+            attention=config.model.attention,
+        )
+
+
+def _load_rest(model: VideoCLIP, weights: Weights) -> None:
+    """The logit scale, and the header where the file is a fine-tuned model's."""
+    tensors = weights.tensors
+    if "logit_scale" in tensors:
+        with torch.no_grad():
+            model.logit_scale.copy_(tensors["logit_scale"])
+    prefix = "fusion_model."
+    header = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    if model.fusion_model is None and header:
+        log.warning("%s has a temporal header; text4vis.header: mean leaves it out", weights.source)
+    elif model.fusion_model is not None and header:
+        load_into(model.fusion_model, header, what=f"the header of {weights.source}")
+
+
+def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
+    """Cross entropy; a clip with several labels spreads its probability evenly over them."""
+    logits: Tensor = model(batch.pixels)  # [B, C]
+    labels = batch.labels
+    top1 = logits.detach().argmax(dim=-1)
+    if labels.is_floating_point():
+        hits = labels.gather(1, top1[:, None]).squeeze(1)
+        labels = labels / labels.sum(dim=1, keepdim=True)
+    else:
+        hits = (top1 == labels).float()
+    return F.cross_entropy(logits, labels), {"accuracy": hits.mean()}
+
+
+def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
+    """Probabilities [len(videos), C]: raw view embeddings averaged, then 100 times the cosines."""
+    assert isinstance(model, VideoCLIP)
+    means = [rows.mean(dim=0) for rows in encode_views(model, videos, chunk)]
+    return model.logits(torch.stack(means), TEST_SCALE).softmax(dim=-1)
+
+
+def encode_views(model: VideoCLIP, videos: Sequence[VideoViews], chunk: int) -> list[Tensor]:
+    """Raw embeddings of every view, float32 [V, E] for each video, crop-major.
+
+    Each distinct image goes through the tower once and views gather their own, which is exact
+    while the tower sees single frames; one that mixes frames gets its clips written out.
+    """
+    if model.per_clip:
+        frames = videos[0].frame_index.shape[1]
+        clips = torch.cat([video.clips() for video in videos]).split(max(1, chunk // frames))
+        views = torch.cat([model.encode_clips(batch).float() for batch in clips])
+    else:
+        embedded = encode_images(model.visual, videos, chunk)
+        gathered = [gather_views(*pair) for pair in zip(embedded, videos, strict=True)]
+        views = model.encode_video(torch.cat(gathered)).float()
+    return list(views.split([video.num_views for video in videos]))
+
+
+def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """The tower and the logit scale at lr * clip_ratio; header and control points at lr.
+
+    Every parameter decays, as in the official code; a group without parameters is left out.
+    """
+    clip: list[nn.Parameter] = []
+    new: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            of_clip = "visual" in name and "control_point" not in name
+            (clip if of_clip or name == "logit_scale" else new).append(parameter)
+    options = config.optim
+    groups = [
+        {"name": "clip", "params": clip, "lr": options.lr * options.clip_ratio},
+        {"name": "new", "params": new, "lr": options.lr},
+    ]
+    return [{**group, "weight_decay": options.weight_decay} for group in groups if group["params"]]
+
+
+TEXT4VIS = Method(build=build, loss=loss, score=score, param_groups=param_groups)

@@ -1,0 +1,133 @@
+"""What the CLIP-based methods share: building the visual tower, and encoding each image once.
+
+Shape letters: U distinct frames and V distinct crops of one video, K clips, T frames, E embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from kineticlip.architectures import ResNetShape
+from kineticlip.batch import VideoViews
+from kineticlip.config import Config
+from kineticlip.errors import UserError
+from kineticlip.formats import load_into
+from kineticlip.resnet import ModifiedResNet
+from kineticlip.vision import VisionTransformer
+from kineticlip.weights import Weights
+
+log = logging.getLogger(__name__)
+
+ADDED = (r"time_embedding", r"transformer\.resblocks\.\d+\.control_point\.conv\.weight")
+
+
+def build_visual(
+    config: Config,
+    weights: Weights,
+    *,
+    control_point: Callable[[int], nn.Module] | None = None,
+    joint_frames: int = 0,
+    shift_frames: int = 0,
+    drop_out: float = 0.0,
+    embedding_drop_out: float = 0.0,
+) -> nn.Module:
+    """The visual tower of config.model with these weights, or random ones from config.seed.
+
+    control_point, joint_frames and the dropouts are those of VisionTransformer, shift_frames that
+    of ModifiedResNet. Parameters that these options add may be missing from the weights and then
+    keep their initial values. Raises UserError where the weights, the resolution or an option do
+    not suit the architecture.
+    """
+    shape = weights.model.vision
+    if shape.resolution != config.data.resolution:
+        raise UserError(
+            f"data.resolution: {weights.model.name} takes {shape.resolution} px, "
+            f"not {config.data.resolution}"
+        )
+    make: Callable[[], nn.Module]
+    if isinstance(shape, ResNetShape):
+        if control_point or joint_frames or drop_out or embedding_drop_out:
+            raise UserError(f"model.arch: {weights.model.name} is a ResNet: no such option for it")
+        if config.train.activation_checkpointing:
+            raise UserError("train.activation_checkpointing: only for transformers, not a ResNet")
+        make = partial(ModifiedResNet, shape, shift_frames=shift_frames)
+    else:
+        make = partial(
+            VisionTransformer,
+            shape,
+            kernels=config.model.kernels,
+            attention=config.model.attention,
+            control_point=control_point,
+            joint_frames=joint_frames,
+            drop_out=drop_out,
+            embedding_drop_out=embedding_drop_out,
+        )
+    adds = bool(control_point or joint_frames)
+    visual = _with_weights(make, weights, config.seed, adds=adds)
+    if isinstance(visual, VisionTransformer):
+        visual.transformer.checkpointing = config.train.activation_checkpointing
+    return visual
+
+
+def _with_weights(
+    make: Callable[[], nn.Module], weights: Weights, seed: int, *, adds: bool
+) -> nn.Module:
+    """adds: the tower has parameters that CLIP has not."""
+    if weights.path is None:
+        with seeded(seed):
+            return make()
+    weights.check_fits()
+    if adds or isinstance(weights.model.vision, ResNetShape):
+        with seeded(seed):
+            visual = make()
+    else:
+        # All will be overwritten: drawing initial values for ViT-L takes 3 s of one core.
+        with torch.device("meta"):
+            visual = make()
+        visual.to_empty(device="cpu")
+    prefix = "visual."
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.tensors.items()
+        if name.startswith(prefix)
+    }
+    kept = load_into(
+        visual, tensors, what=weights.source, optional=ADDED if adds else (), ignored=()
+    ).kept
+    if kept:
+        log.info("%s: %d tensors start untrained: %s, ...", weights.source, len(kept), kept[0])
+    return visual
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of the CPU from a seed inside, as they were afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def encode_images(visual: nn.Module, videos: Sequence[VideoViews], chunk: int) -> list[Tensor]:
+    """Every distinct image of every video through the tower once: float32 [U, V, E] each.
+
+    Images of different videos share forwards of at most `chunk`.
+    """
+    images = [video.images.flatten(0, 1) for video in videos]  # [U * V, 3, S, S]
+    batches = torch.cat(images).split(chunk)
+    encoded = torch.cat([visual(batch).float() for batch in batches])
+    parts = encoded.split([len(rows) for rows in images])
+    return [
+        part.unflatten(0, video.images.shape[:2]) for part, video in zip(parts, videos, strict=True)
+    ]
+
+
+def gather_views(images: Tensor, video: VideoViews) -> Tensor:
+    """Per-image rows [U, V, ...] -> those of every view, crop-major: [crops * K, T, ...]."""
+    views = images[video.frame_index][:, :, video.crop_index]  # [K, T, crops, ...]
+    return views.movedim(2, 0).flatten(0, 1)
