@@ -18,6 +18,8 @@ COMMANDS = {
     "train": "train under DeepSpeed, resuming where the last checkpoint stands",
     "convert": "rewrite a checkpoint of one code base for another",
     "report": "make one HTML page from the result files of an evaluation",
+    "demo": "render clips, train, evaluate and report: the whole path in minutes",
+    "parity": "replay recorded outputs of an official code and compare",
     "frames": "write chosen frames of a video, by number",
 }
 
