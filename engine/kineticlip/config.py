@@ -6,6 +6,7 @@ Every default lives here. Unknown keys and wrong values are `UserError`s that na
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from kineticlip.errors import UserError, did_you_mean
+from kineticlip.official import is_official, translate
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -154,15 +158,26 @@ class Config:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file (None: all defaults) and applies `key=value` overrides in order.
 
-    Raises UserError for a missing or malformed file, an unknown key and a value of a wrong type.
+    An official Text4Vis or BIKE file is translated; each of its keys that has no effect is logged
+    as a warning. Raises UserError for a missing or malformed file, an unknown key and a value of
+    a wrong type.
     """
+    config, notes = read_config(path, overrides)
+    for note in notes:
+        log.warning(note)
+    return config
+
+
+def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """`load_config`, and the notes on an official file instead of warnings."""
     where: dict[str, str] = {}
     values: dict[str, Any] = {}
+    notes: list[str] = []
     if path is not None:
-        values = _read_yaml(Path(path), where)
+        values = _read_yaml(Path(path), where, notes)
     for pair in overrides:
         _apply_override(values, pair, where)
-    return _validate(values, where, str(path) if path is not None else "--set")
+    return _validate(values, where, str(path) if path is not None else "--set"), notes
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -177,7 +192,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read_yaml(path: Path, where: dict[str, str]) -> dict[str, Any]:
+def _read_yaml(path: Path, where: dict[str, str], notes: list[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -196,10 +211,14 @@ def _read_yaml(path: Path, where: dict[str, str]) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}:1: expected a mapping of config keys")
-    for dotted, number in _key_lines(node, ""):
-        where[dotted] = f"{path}:{number}"
+    lines = {dotted: f"{path}:{number}" for dotted, number in _key_lines(node, "")}
+    if is_official(values):
+        official = translate(values, lines, str(path))
+        values, lines = official.values, official.where
+        notes += official.notes
+    where.update(lines)
     _check_keys(values, Config, "", where, str(path))
-    return values
+    return dict(values)
 
 
 def _key_lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:

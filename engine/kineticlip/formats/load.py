@@ -128,7 +128,7 @@ def load_into(
     Raises UserError with every missing, unexpected and misshapen name in one message.
     """
     own = module.state_dict()
-    if PATCH_BIAS in tensors and PATCH_BIAS not in own:
+    if any(name in tensors and name not in own for name in (PATCH_BIAS, "conv1.bias")):
         tensors = fold_patch_bias(dict(tensors))
         log.info("%s: the patch bias is folded into the position embedding", what)
     kept = tuple(name for name in own if name not in tensors)
@@ -155,7 +155,7 @@ def _any_match(name: str, patterns: Collection[str]) -> bool:
 
 
 def _hint(problems: list[str]) -> str:
-    if any(re.match(r"'visual\.(?:attnpool\.)?positional_embedding' is", p) for p in problems):
+    if any(re.match(r"'(?:visual\.)?(?:attnpool\.)?positional_embedding' is", p) for p in problems):
         return ". For another resolution, see kineticlip convert --resolution"
     return ""
 

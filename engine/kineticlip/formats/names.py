@@ -88,13 +88,15 @@ def fold_patch_bias(tensors: Tensors) -> Tensors:
     """Moves a patch bias into the position embedding of the patch tokens: the same function.
 
     Both are added to every patch token before anything else happens to it; the class token gets
-    neither. One rounding apart from adding them in turn. [D] into rows 1.. of [N, D].
+    neither. One rounding apart from adding them in turn. [D] into rows 1.. of [N, D]. Names may
+    start with `visual.` or be those of the tower alone.
     """
-    if PATCH_BIAS not in tensors:
+    prefix = next((p for p in ("visual.", "") if f"{p}conv1.bias" in tensors), None)
+    if prefix is None:
         return tensors
     folded = dict(tensors)
-    bias = folded.pop(PATCH_BIAS)
-    positions = folded["visual.positional_embedding"].clone()  # [N, D]
+    bias = folded.pop(f"{prefix}conv1.bias")
+    positions = folded[f"{prefix}positional_embedding"].clone()  # [N, D]
     positions[1:] += bias.to(positions.dtype)
-    folded["visual.positional_embedding"] = positions
+    folded[f"{prefix}positional_embedding"] = positions
     return folded
