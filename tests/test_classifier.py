@@ -57,7 +57,7 @@ def test_templates_are_averaged_as_unit_features() -> None:
         for template in templates
     ]
     torch.testing.assert_close(built.matrix, (parts[0] + parts[1]) / 2)
-    with pytest.raises(UserError, match=r"expected one \{\} in 'a video'"):
+    with pytest.raises(UserError, match=r"template 'a video': no \{\}"):
         build_classifier(configured(template="a video"), NAMES)
 
 
@@ -79,11 +79,13 @@ def test_random_rows() -> None:
         build_classifier(configured(source="random_orthogonal"), [*many, *map(str, range(29))])
 
 
-def test_new_classes_move_by_the_training_classes_mean() -> None:
+def test_new_classes_move_by_the_training_classes_mean(tmp_path: Path) -> None:
     training = build_classifier(configured(center=True), NAMES)
     assert training.center is not None
     torch.testing.assert_close(training.matrix.mean(0), torch.zeros(128), atol=1e-6, rtol=0)
-    new = build_classifier(configured(center=True), ("juggling",), training_names=NAMES)
+    labels = tmp_path / "training.txt"
+    labels.write_text("\n".join(NAMES))
+    new = build_classifier(configured(center=True, center_labels=str(labels)), ("juggling",))
     assert new.center is not None and torch.equal(new.center, training.center)
     plain = build_classifier(configured(), ("juggling",))
     torch.testing.assert_close(new.matrix, F.normalize(plain.matrix, dim=-1) - training.center)

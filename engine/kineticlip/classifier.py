@@ -23,7 +23,9 @@ from torch import Tensor
 
 from kineticlip.architectures import architecture
 from kineticlip.config import Config
+from kineticlip.dataset import read_labels
 from kineticlip.errors import UserError, did_you_mean
+from kineticlip.prompts import expand_templates, render
 from kineticlip.text import text_features
 from kineticlip.weights import Weights, resolve_weights
 
@@ -60,13 +62,12 @@ def build_classifier(
     class_names: Sequence[str],
     *,
     weights: Weights | None = None,
-    training_names: Sequence[str] | None = None,
 ) -> Classifier:
     """The matrix that `config.classifier` describes, for these classes.
 
-    weights: those of config.model, where the caller has them open already. training_names: the
-    classes whose mean `classifier.center` removes, where they are not the classes asked for:
-    a zero-shot test shifts new classes exactly as training shifted its own.
+    weights: those of config.model, where the caller has them open already. With `center` the
+    mean of the classes of `center_labels` is removed, or of these classes where that is empty: a
+    zero-shot test moves new classes exactly as training moved its own.
     """
     source = config.classifier.source
     if source.endswith(SUFFIX):
@@ -80,10 +81,8 @@ def build_classifier(
     built = make(config, class_names, weights)
     if not config.classifier.center:
         return built
-    reference = built
-    if training_names is not None and tuple(training_names) != built.names:
-        reference = make(config, training_names, weights)
-    return centered(built, reference)
+    labels = config.classifier.center_labels
+    return centered(built, make(config, read_labels(labels), weights) if labels else built)
 
 
 def centered(classifier: Classifier, training: Classifier) -> Classifier:
@@ -108,8 +107,8 @@ def _from_text(config: Config, names: Sequence[str], weights: Weights | None) ->
         weights = resolve_weights(
             config.model.arch, options.text_weights or config.model.weights, key=key
         )
-    templates = options.templates or (options.template,)
-    prompts = [fill(template, name) for template in templates for name in names]
+    templates = expand_templates(options.templates or (options.template,))
+    prompts = [prompt for template in templates for prompt in render(template, names)]
     seed = config.seed
     try:
         features = text_features(weights, prompts, seed=seed)  # [templates * C, E]
@@ -126,13 +125,6 @@ def _from_text(config: Config, names: Sequence[str], weights: Weights | None) ->
         "templates": list(templates),
     }
     return Classifier(matrix, tuple(names), provenance)
-
-
-def fill(template: str, name: str) -> str:
-    """The prompt of one class; the template says with `{}` where the name goes."""
-    if template.count("{}") != 1:
-        raise UserError(f"classifier.template: expected one {{}} in {template!r}")
-    return template.replace("{}", name)
 
 
 def _random_normal(config: Config, names: Sequence[str], weights: Weights | None) -> Classifier:
@@ -263,7 +255,7 @@ def sentence_classifier(
     rows = []
     with torch.inference_mode():
         for start in range(0, len(names), 64):
-            texts = [fill(template, name) for name in names[start : start + 64]]
+            texts = render(template, names[start : start + 64])
             inputs = encode(texts, padding=True, truncation=True, return_tensors="pt")
             tokens = model(**inputs).last_hidden_state  # [c, n, W]
             if pooling == "first":
