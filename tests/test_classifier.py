@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from kineticlip.classifier import (
     Classifier,
@@ -20,6 +21,7 @@ from kineticlip.classifier import (
     save_classifier,
     sentence_classifier,
 )
+from kineticlip.cli import main
 from kineticlip.config import ClassifierConfig, Config, ModelConfig
 from kineticlip.errors import UserError
 from kineticlip.text import text_features
@@ -191,3 +193,33 @@ def test_rows_of_a_language_model(tmp_path: Path) -> None:
 def test_classifier_of_no_file_has_no_row() -> None:
     with pytest.raises(UserError, match="here: no row for 1 of 1 classes"):
         Classifier(torch.zeros(1, 2), ("a",)).for_names(["b"], "here")
+
+
+def test_command_builds_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels, output = tmp_path / "labels.txt", tmp_path / "k.safetensors"
+    labels.write_text("\n".join(NAMES))
+    common = ["--labels", str(labels), "--output", str(output), "--json"]
+    tiny = ["--set", "model.arch=ViT-tiny-16", "--set", "model.weights=random", "--set", "seed=3"]
+    assert main(["classifier", "build", "text", *common, *tiny]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["names"] == list(NAMES) and shown["provenance"]["source"] == "text"
+    expected = features_of(*(f"a video of a person {name}." for name in NAMES))
+    assert torch.equal(load_classifier(output).matrix, expected)
+
+    rng = np.random.default_rng(0)
+    points = torch.from_numpy(rng.normal(size=(40, 6))).float()
+    groups = torch.arange(40) % 4
+    save_file({"embeddings": points, "labels": groups}, tmp_path / "videos.safetensors")
+    lda = ["--embeddings", str(tmp_path / "videos.safetensors"), "--shrinkage", "0.2"]
+    assert main(["classifier", "build", "lda", *common, *lda]) == 0
+    same = lda_classifier(points.numpy(), groups.numpy(), NAMES, shrinkage=0.2)
+    assert torch.equal(load_classifier(output).matrix, same.matrix)
+    capsys.readouterr()
+    assert main(["classifier", "show", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert "4 classes x 6" in out and "shrinkage: 0.2" in out
+
+    assert main(["classifier", "build", "lda", *common]) == 2
+    assert "--embeddings" in capsys.readouterr().err
+    assert main(["classifier", "build", "text", "--output", "x.pt"]) == 2
+    assert "expected a .safetensors file" in capsys.readouterr().err
