@@ -108,7 +108,7 @@ def read_list(
         elif 0 < entry.num_frames < min_frames:
             short.append(entry.name)
         else:
-            entries.append(replace(entry, path=os.path.join(root, entry.path)))
+            entries.append(replace(entry, path=os.path.join(root, entry.path)) if root else entry)
     if not entries and not short and not empty:
         raise UserError(f"{path}: the list is empty")
     return VideoList(
@@ -159,9 +159,10 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _split_path(line: str) -> tuple[str, list[str]]:
     """The path, quoted or up to the first space, and the fields after it."""
-    quoted = re.match(r'\s*"([^"]*)"[\s,]*(.*)', line)
-    if quoted:
-        return quoted[1], quoted[2].split()
+    if '"' in line:
+        quoted = re.match(r'\s*"([^"]*)"[\s,]*(.*)', line)
+        if quoted:
+            return quoted[1], quoted[2].split()
     path, *fields = line.split()
     return path, fields
 
@@ -229,7 +230,7 @@ def _number(row: dict[str, str], key: str) -> float:
 
 
 def _is_integer(word: str) -> bool:
-    return re.fullmatch(r"[+-]?\d+", word) is not None
+    return (word[1:] if word[:1] in ("+", "-") else word).isdecimal()
 
 
 def _integer(word: str, what: str) -> int:
