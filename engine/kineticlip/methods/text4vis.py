@@ -56,6 +56,7 @@ class VideoCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.embed, self.per_clip = embed, per_clip
         self.class_names: tuple[str, ...] = ()
+        self.untrained: tuple[str, ...] = ()  # parts that no weights were found for
         self.register_buffer("classifier", torch.empty(0, embed), persistent=False)
 
     def set_classifier(self, classifier: Classifier) -> None:
@@ -130,7 +131,9 @@ def build(config: Config, class_names: Sequence[str]) -> VideoCLIP:
         embed=weights.model.embed,
         per_clip=module != "none" or options.joint,
     )
-    if weights.path is not None:
+    if weights.path is None:
+        model.untrained = ("visual",)
+    else:
         _load_rest(model, weights)
     if model.fusion_model is not None and (options.joint or frames == 1):
         log.warning("text4vis.header: one embedding a clip, so the temporal transformer is idle")
@@ -168,6 +171,8 @@ def _load_rest(model: VideoCLIP, weights: Weights) -> None:
         log.warning("%s has a temporal header; text4vis.header: mean leaves it out", weights.source)
     elif model.fusion_model is not None and header:
         load_into(model.fusion_model, header, what=f"the header of {weights.source}")
+    elif model.fusion_model is not None:
+        model.untrained = ("fusion_model",)
 
 
 def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
