@@ -1,0 +1,96 @@
+"""Frames by torchcodec on the CPU, from trimmed streams; it uses the system's FFmpeg libraries."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import sys
+from typing import Any
+
+import numpy as np
+
+from kineticlip.video.container import Unsuitable
+from kineticlip.video.pictures import Frames, upright
+from kineticlip.video.probe import Probe, Scan
+from kineticlip.video.trim import TICK, Trimmed, trim
+
+# Codecs whose decoded pictures their standards define to the bit, in a pixel format that every
+# FFmpeg converts to RGB by the same code. Others differ between FFmpeg versions: MPEG-4 by 2 of
+# 255 (inverse transform), 10-bit H.264 by 35 (chroma filter).
+CODECS = ("h264", "hevc", "vp8", "vp9", "av1")
+PIXEL_FORMATS = ("yuv420p", "yuvj420p")
+# glibc keeps what 1200 opens freed: 430 MB, all returned by one malloc_trim.
+OPENS_BETWEEN_TRIMS = 256
+_opens = itertools.count(1)
+
+
+@functools.lru_cache(maxsize=1)
+def load() -> Any:
+    """The torchcodec.decoders module. Raises Unsuitable where it cannot decode on this machine."""
+    try:
+        import torchcodec
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Unsuitable(f"torchcodec cannot be imported: {str(error).splitlines()[0]}") from None
+    if torchcodec.ffmpeg_major_version is None:
+        raise Unsuitable("torchcodec finds no FFmpeg libraries (install the package ffmpeg)")
+    return torchcodec.decoders
+
+
+def why_not(probe: Probe) -> str:
+    """Why torchcodec would not return this file's frames to the bit; "" where it does."""
+    if probe.why_in_sequence:
+        return probe.why_in_sequence
+    if probe.codec not in CODECS:
+        return f"{probe.codec} is not decoded to the bit alike by all FFmpeg versions"
+    if probe.pixel_format not in PIXEL_FORMATS:
+        return f"{probe.pixel_format} is not converted to RGB alike by all FFmpeg versions"
+    try:
+        load()
+    except Unsuitable as error:
+        return str(error)
+    return ""
+
+
+def read_by_torchcodec(scan: Scan, numbers: tuple[int, ...]) -> Frames:
+    """Frames `numbers` (ascending): uint8 [n, H, W, 3], upright.
+
+    Raises Unsuitable where torchcodec fails or counts other pictures than the packets promise.
+    """
+    trimmed = trim(scan.probe.path, numbers, table=scan.table)
+    frames = decode_trimmed(trimmed, device="cpu").numpy()
+    return upright(frames, scan.probe.orientation)
+
+
+def decode_trimmed(trimmed: Trimmed, *, device: str) -> Any:
+    """A trimmed stream's wanted frames: torch uint8 [n, H, W, 3] on the device, not yet turned."""
+    decoders = load()
+    if next(_opens) % OPENS_BETWEEN_TRIMS == 0:
+        release_freed_memory()
+    try:
+        decoder = decoders.VideoDecoder(
+            trimmed.data,
+            dimension_order="NHWC",
+            num_ffmpeg_threads=1,
+            device=device,
+            seek_mode="exact",
+        )
+        if len(decoder) != trimmed.pictures:
+            raise Unsuitable(f"torchcodec counts {len(decoder)} pictures of {trimmed.pictures}")
+        batch = decoder.get_frames_at(list(trimmed.positions))
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, Unsuitable):
+            raise
+        raise Unsuitable(f"torchcodec: {str(error).splitlines()[0][:200]}") from None
+    ticks = np.rint(batch.pts_seconds.numpy() / float(TICK)).astype(np.int64)
+    if not np.array_equal(ticks - ticks[0], np.array(trimmed.positions) - trimmed.positions[0]):
+        raise Unsuitable("torchcodec returned pictures of other times than asked for")
+    return batch.data
+
+
+def release_freed_memory() -> None:
+    """Gives freed heap pages back to the system (glibc); other C libraries need no help."""
+    if sys.platform.startswith("linux"):
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
