@@ -87,10 +87,20 @@ def test_new_classes_move_by_the_training_classes_mean(tmp_path: Path) -> None:
     torch.testing.assert_close(training.matrix.mean(0), torch.zeros(128), atol=1e-6, rtol=0)
     labels = tmp_path / "training.txt"
     labels.write_text("\n".join(NAMES))
-    new = build_classifier(configured(center=True, center_labels=str(labels)), ("juggling",))
+    new = build_classifier(configured(center=True, training_labels=str(labels)), ("juggling",))
     assert new.center is not None and torch.equal(new.center, training.center)
     plain = build_classifier(configured(), ("juggling",))
     torch.testing.assert_close(new.matrix, F.normalize(plain.matrix, dim=-1) - training.center)
+
+
+def test_new_classes_get_random_rows_of_their_own(tmp_path: Path) -> None:
+    labels = tmp_path / "training.txt"
+    labels.write_text("\n".join(NAMES))
+    trained = build_classifier(configured(source="random_orthogonal"), NAMES).matrix
+    options = configured(source="random_orthogonal", training_labels=str(labels))
+    both = build_classifier(options, ("juggling", NAMES[1])).matrix
+    torch.testing.assert_close(trained @ both[0], torch.zeros(len(NAMES)), atol=1e-6, rtol=0)
+    assert torch.equal(both[1], trained[1])
 
 
 def test_file_keeps_rows_names_and_provenance(tmp_path: Path) -> None:

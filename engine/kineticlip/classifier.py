@@ -65,9 +65,10 @@ def build_classifier(
 ) -> Classifier:
     """The matrix that `config.classifier` describes, for these classes.
 
-    weights: those of config.model, where the caller has them open already. With `center` the
-    mean of the classes of `center_labels` is removed, or of these classes where that is empty: a
-    zero-shot test moves new classes exactly as training moved its own.
+    weights: those of config.model, where the caller has them open already. Where the model was
+    trained with other classes, `training_labels` names them: with `center` it is their mean that
+    goes, so that new classes move as the trained ones did, and the random sources give the new
+    classes rows of their own, behind the trained ones'.
     """
     source = config.classifier.source
     if source.endswith(SUFFIX):
@@ -77,22 +78,26 @@ def build_classifier(
         raise UserError(
             f"classifier.source: unknown source '{source}'. {did_you_mean(source, choices)}"
         )
-    make = SOURCES[source]
-    built = make(config, class_names, weights)
-    if not config.classifier.center:
-        return built
-    labels = config.classifier.center_labels
-    return centered(built, make(config, read_labels(labels), weights) if labels else built)
+    labels = config.classifier.training_labels
+    trained = read_labels(labels) if labels else tuple(class_names)
+    known = set(trained)
+    every = (*trained, *(name for name in class_names if name not in known))
+    built = SOURCES[source](config, every, weights)
+    if config.classifier.center:
+        built = centered(built, trained)
+    return built.for_names(class_names, source)
 
 
-def centered(classifier: Classifier, training: Classifier) -> Classifier:
+def centered(classifier: Classifier, training_names: Sequence[str]) -> Classifier:
     """Unit rows without the mean of the training classes' unit rows."""
+    unit = F.normalize(classifier.matrix, dim=-1)
+    training = classifier.for_names(training_names, "classifier.center")
     center = F.normalize(training.matrix, dim=-1).mean(dim=0)  # [E]
     return replace(
         classifier,
-        matrix=F.normalize(classifier.matrix, dim=-1) - center,
+        matrix=unit - center,
         center=center,
-        provenance={**classifier.provenance, "centered_over": list(training.names)},
+        provenance={**classifier.provenance, "centered_over": list(training_names)},
     )
 
 

@@ -41,7 +41,7 @@ class ClassifierConfig:
     templates: tuple[str, ...] = ()  # several: the mean of their unit features; replaces template
     text_weights: str = ""  # empty: the text tower of model.weights
     center: bool = False  # remove the mean of the training classes' features
-    center_labels: str = ""  # those classes, where they are not the ones scored (zero-shot)
+    training_labels: str = ""  # those classes, where others are scored (zero-shot)
     seed: int = 0  # of the two random sources
 
 
@@ -178,6 +178,13 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     for pair in overrides:
         _apply_override(values, pair, where)
     return _validate(values, where, str(path) if path is not None else "--set"), notes
+
+
+def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
+    """The configuration of plain data, such as a weights file's metadata; `source` is named in
+    errors."""
+    _check_keys(values, Config, "", {}, source)
+    return _validate(dict(values), {}, source)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
