@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -15,6 +14,9 @@ Impl = Literal["auto", "reference", "triton"]
 
 # What the Triton kernels load and store; they compute in fp32.
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Looked up once: torch.compile traces through the choice of a face, but not through find_spec.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class UnsupportedInput(ValueError):
@@ -53,10 +55,9 @@ def triton_reasons(impl: str, **tensors: Tensor) -> list[str]:
     return reasons
 
 
-@functools.cache
 def triton_installed() -> bool:
     """Whether `import triton` would find something; imports nothing."""
-    return importlib.util.find_spec("triton") is not None
+    return TRITON_INSTALLED
 
 
 def interpreting() -> bool:

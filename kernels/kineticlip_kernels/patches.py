@@ -1,0 +1,219 @@
+"""From decoded frames to what the first GEMM reads: resize and crop, then u8 - 128 patches.
+
+Shape letters: U distinct frames, H and W their size, V crops, S the side of a crop, M = U * V
+images, P the side of a patch, G patches of an image, Q = 3 * P * P rounded up to a multiple of 16.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kineticlip_kernels.dispatch import (
+    TRITON_DTYPES,
+    Impl,
+    UnsupportedInput,
+    choose,
+    dtype_name,
+    interpreting,
+    triton_installed,
+)
+
+Resample = Literal["bicubic", "bilinear"]
+Crop = tuple[int, int, bool]  # left edge, top edge, mirrored; in pixels of the resized frame
+
+PRECISION = 22  # fractional bits of Pillow's 8-bit coefficients: 32 - 8 - 2
+SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
+ALIGNMENT = 16  # columns of the patch matrix: rows stay 16-byte aligned in every dtype
+
+
+def cut_crops(
+    frames: Tensor,
+    crops: Sequence[Crop],
+    *,
+    width: int,
+    height: int,
+    side: int,
+    resample: Resample = "bicubic",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Every crop of every frame, to the byte as Pillow's `resize` and `crop` make it.
+
+    frames: uint8 [U, H, W, 3], any strides; width, height: of the resized frame; crops: (x, y,
+    mirrored) with side S, black where they leave the frame -> uint8 [U, V, 3, S, S]. For a crop
+    that comes before the resize, pass the slice of the frames. Raises UnsupportedInput.
+    """
+    _check_frames(frames, width, height, side, resample)
+    if choose("cut_crops", impl, pixel_reasons(impl, frames)) == "reference":
+        return cut_crops_reference(
+            frames, crops, width=width, height=height, side=side, resample=resample
+        )
+    from kineticlip_kernels.patches_triton import cut_crops_triton
+
+    return cut_crops_triton(frames, crops, width=width, height=height, side=side, resample=resample)
+
+
+def cut_crops_reference(
+    frames: Tensor,
+    crops: Sequence[Crop],
+    *,
+    width: int,
+    height: int,
+    side: int,
+    resample: Resample = "bicubic",
+) -> Tensor:
+    """The specification of `cut_crops` in plain PyTorch."""
+    wide = _resample(frames, 2, width, resample)  # [U, H, w, 3]
+    resized = _resample(wide, 1, height, resample).permute(0, 3, 1, 2)  # [U, 3, h, w]
+    views = frames.new_zeros(len(frames), len(crops), 3, side, side)  # [U, V, 3, S, S]
+    for view, (x, y, mirrored) in enumerate(crops):
+        inside = resized[:, :, max(y, 0) : max(y + side, 0), max(x, 0) : max(x + side, 0)]
+        top, left = max(-y, 0), max(-x, 0)
+        rows, columns = inside.shape[2:]
+        views[:, view, :, top : top + rows, left : left + columns] = inside
+        if mirrored:
+            views[:, view] = views[:, view].flip(-1)
+    return views
+
+
+def _resample(pixels: Tensor, axis: int, length: int, resample: Resample) -> Tensor:
+    """One pass of Pillow's 8-bit resampler along one axis of [U, H, W, 3]."""
+    first, weights = resample_table(pixels.shape[axis], length, resample)
+    first, weights = first.to(pixels.device), weights.to(pixels.device)
+    shape = [-1 if dim == axis else 1 for dim in range(4)]
+    total = None
+    for tap, weight in enumerate(weights):
+        source = (first + tap).clamp(max=pixels.shape[axis] - 1)  # its weight is 0 past the end
+        part = pixels.index_select(axis, source).int().mul_(weight.view(shape))
+        total = part.add_(1 << (PRECISION - 1)) if total is None else total.add_(part)
+    assert total is not None
+    return (total >> PRECISION).clamp_(0, 255).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=256)
+def resample_table(length_in: int, length_out: int, resample: Resample) -> tuple[Tensor, Tensor]:
+    """Pillow's coefficients (Resample.c, precompute_coeffs and normalize_coeffs_8bpc).
+
+    -> first [length_out], the first source index of each output; weights [taps, length_out] in
+    units of 2^-22, zero past the last tap. Both int32.
+    """
+    scale = length_in / length_out
+    stretch = max(scale, 1.0)  # antialiasing: the kernel grows with the reduction
+    support = SUPPORT[resample] * stretch
+    centre = (torch.arange(length_out, dtype=torch.float64) + 0.5) * scale
+    first = (centre - support + 0.5).trunc().clamp_(min=0)
+    last = (centre + support + 0.5).trunc().clamp_(max=length_in)
+    tap = torch.arange(int((last - first).max()), dtype=torch.float64)[:, None]  # [taps, 1]
+    weights = _kernel((tap + first - centre + 0.5) * (1.0 / stretch), resample)
+    weights = weights.where(tap < last - first, 0.0)
+    weights = weights / weights.sum(dim=0)
+    fixed = weights * (1 << PRECISION)
+    return first.int(), (fixed + torch.copysign(torch.tensor(0.5), fixed)).trunc().int()
+
+
+def _kernel(x: Tensor, resample: Resample) -> Tensor:
+    x = x.abs()
+    if resample == "bilinear":
+        return (1.0 - x).clamp_(min=0.0)
+    a = -0.5  # Keys' cubic, as Pillow has it; OpenCV and PyTorch without antialias use -0.75
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * a
+    return near.where(x < 1.0, far).where(x < 2.0, 0.0)
+
+
+def unfold_patches(
+    pixels: Tensor, patch: int, *, dtype: torch.dtype = torch.float32, impl: Impl = "auto"
+) -> Tensor:
+    """The patch matrix of the first GEMM: byte - 128, exact in fp32, fp16 and bf16.
+
+    pixels: uint8 [M, 3, height, width], any strides; dtype of the result -> [M, G, Q], patches row
+    by row, columns in the order (channel, y, x) and zero past 3 * P * P. Pixels beyond the last
+    whole patch are left out, as a convolution leaves them. To be multiplied by the weight that
+    `fold_patch_embedding` makes.
+    """
+    _check_pixels(pixels, patch)
+    why_not = pixel_reasons(impl, pixels)
+    if dtype not in TRITON_DTYPES:
+        why_not.append(f"dtype is {dtype_name(dtype)} (supported: fp32, fp16, bf16)")
+    if choose("unfold_patches", impl, why_not) == "reference":
+        return unfold_patches_reference(pixels, patch, dtype=dtype)
+    from kineticlip_kernels.patches_triton import unfold_patches_triton
+
+    return unfold_patches_triton(pixels, patch, dtype=dtype)
+
+
+def unfold_patches_reference(
+    pixels: Tensor, patch: int, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The specification of `unfold_patches` in plain PyTorch."""
+    windows = pixels.unfold(2, patch, patch).unfold(3, patch, patch)  # [M, 3, g, g, P, P]
+    ordered = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # [M, G, 3 * P * P]
+    matrix = ordered.to(dtype).sub_(128)
+    return F.pad(matrix, (0, patch_columns(patch) - matrix.shape[-1]))  # [M, G, Q]
+
+
+def patch_columns(patch: int) -> int:
+    """Q: 3 * P * P rounded up to a multiple of 16 (588 -> 592 at P = 14)."""
+    return math.ceil(3 * patch * patch / ALIGNMENT) * ALIGNMENT
+
+
+def fold_patch_embedding(
+    conv_weight: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The patch embedding of normalised pixels, as a GEMM on the bytes of `unfold_patches`.
+
+    conv_weight [D, 3, P, P]; mean, std: three floats each, of pixels in [0, 1] -> weight [D, Q]
+    and bias [D] of its dtype, such that patches @ weight.T + bias is the convolution of
+    (byte / 255 - mean) / std. Differentiable in conv_weight. The bytes are exact in bf16, so the
+    product is closer to the fp64 truth (1.7e-3) than with pixels normalised first (2.3e-3).
+    """
+    wide = conv_weight.to(torch.promote_types(conv_weight.dtype, torch.float32))
+    centre = wide.new_tensor([128 / 255 - m for m in mean]).view(1, 3, 1, 1)
+    spread = wide.new_tensor(list(std)).view(1, 3, 1, 1)
+    bias = (wide * (centre / spread)).sum(dim=(1, 2, 3))  # [D]
+    weight = (wide / (255 * spread)).flatten(1)  # [D, 3 * P * P]
+    padding = patch_columns(conv_weight.shape[-1]) - weight.shape[1]
+    return F.pad(weight, (0, padding)).to(conv_weight.dtype), bias.to(conv_weight.dtype)
+
+
+def pixel_reasons(impl: str, pixels: Tensor) -> list[str]:
+    """Why the Triton faces of this module cannot take these bytes."""
+    why_not = [] if triton_installed() else ["triton is not installed"]
+    if not pixels.is_cuda and not (impl == "triton" and interpreting()):
+        why_not.append(f"pixels are on {pixels.device.type}")
+    return why_not
+
+
+def _check_frames(frames: Tensor, width: int, height: int, side: int, resample: str) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+        raise UnsupportedInput(
+            f"cut_crops: frames are {dtype_name(frames.dtype)} {tuple(frames.shape)}, "
+            "expected uint8 [U, H, W, 3]"
+        )
+    if resample not in SUPPORT:
+        raise UnsupportedInput(
+            f"cut_crops: unknown resample {resample!r}; known: bicubic, bilinear"
+        )
+    if min(width, height, side, *frames.shape[1:3]) < 1:
+        raise UnsupportedInput(
+            f"cut_crops: frames of {frames.shape[2]} x {frames.shape[1]} resized to "
+            f"{width} x {height}, crops of {side}: all should be at least 1"
+        )
+
+
+def _check_pixels(pixels: Tensor, patch: int) -> None:
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != torch.uint8:
+        raise UnsupportedInput(
+            f"unfold_patches: pixels are {dtype_name(pixels.dtype)} {tuple(pixels.shape)}, "
+            "expected uint8 [M, 3, height, width]"
+        )
+    if not 1 <= patch <= min(pixels.shape[2:]):
+        raise UnsupportedInput(
+            f"unfold_patches: patches of {patch} in images of {tuple(pixels.shape[2:])}"
+        )

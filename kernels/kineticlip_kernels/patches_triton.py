@@ -1,0 +1,317 @@
+"""Triton twin of patches.py: Pillow's two passes in its own integers, and the patch matrix.
+
+The resampler is two kernels. The first makes every needed column of every needed row, mirrored or
+not, from the frames as they lie; the second makes the rows of each crop. What a crop shows is in
+the two tables alone: where it leaves the frame its coefficients are zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kineticlip_kernels import launch
+from kineticlip_kernels.launch import ceil_div
+from kineticlip_kernels.patches import (
+    PRECISION,
+    Crop,
+    Resample,
+    patch_columns,
+    resample_table,
+)
+from kineticlip_kernels.tuning import blocks
+
+SHIFT = tl.constexpr(PRECISION)
+HALF = tl.constexpr(1 << (PRECISION - 1))  # rounds the shift to nearest
+
+
+@triton.jit
+def _cut_columns(
+    frames_ptr,  # uint8 [U, H, W, 3], strided
+    first_ptr,  # int32 [X, S], leftmost source column of each output column
+    weights_ptr,  # int32 [X, taps, S]
+    out_ptr,  # uint8 [U, X, 3, rows, S]
+    stride_u,
+    stride_h,
+    stride_w,
+    stride_c,
+    row_start,
+    rows,
+    width,
+    side,
+    taps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    frame = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    variant = tl.program_id(2)
+    inside = (row < rows)[:, None] & (column < side)[None, :]
+    left = tl.load(first_ptr + variant * side + column, mask=column < side, other=0)
+    source = frames_ptr + frame * stride_u + (row_start + row)[:, None] * stride_h
+    half = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), HALF, tl.int32)
+    red, green, blue = half, half, half
+    for tap in range(taps):
+        weight = tl.load(
+            weights_ptr + (variant * taps + tap) * side + column, mask=column < side, other=0
+        )[None, :]
+        place = source + (left + tap)[None, :] * stride_w
+        mask = inside & (left + tap < width)[None, :]
+        red += tl.load(place, mask=mask, other=0).to(tl.int32) * weight
+        green += tl.load(place + stride_c, mask=mask, other=0).to(tl.int32) * weight
+        blue += tl.load(place + 2 * stride_c, mask=mask, other=0).to(tl.int32) * weight
+    plane = rows * side
+    target = out_ptr + (frame * tl.num_programs(2) + variant) * 3 * plane
+    target += row[:, None] * side + column[None, :]
+    tl.store(target, _to_byte(red), mask=inside)
+    tl.store(target + plane, _to_byte(green), mask=inside)
+    tl.store(target + 2 * plane, _to_byte(blue), mask=inside)
+
+
+@triton.jit
+def _cut_rows(
+    columns_ptr,  # uint8 [U, X, 3, rows, S], what _cut_columns wrote
+    variants_ptr,  # int32 [V], the columns that each crop takes
+    first_ptr,  # int32 [V, S], topmost source row of each output row
+    weights_ptr,  # int32 [V, taps, S]
+    out_ptr,  # uint8 [U, V, 3, S, S]
+    variant_count,
+    view_count,
+    rows,
+    side,
+    taps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    image = tl.program_id(0) // 3  # u * V + v
+    channel = tl.program_id(0) % 3
+    view = image % view_count
+    variant = (image // view_count).to(tl.int64) * variant_count + tl.load(variants_ptr + view)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = (row < side)[:, None] & (column < side)[None, :]
+    top = tl.load(first_ptr + view * side + row, mask=row < side, other=0)
+    source = columns_ptr + (variant * 3 + channel) * rows * side + column[None, :]
+    total = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), HALF, tl.int32)
+    for tap in range(taps):
+        weight = tl.load(weights_ptr + (view * taps + tap) * side + row, mask=row < side, other=0)
+        mask = inside & (top + tap < rows)[:, None]
+        pixel = tl.load(source + (top + tap)[:, None] * side, mask=mask, other=0)
+        total += pixel.to(tl.int32) * weight[:, None]
+    target = out_ptr + tl.program_id(0).to(tl.int64) * side * side
+    tl.store(target + row[:, None] * side + column[None, :], _to_byte(total), mask=inside)
+
+
+@triton.jit
+def _to_byte(total):
+    return tl.minimum(tl.maximum(total >> SHIFT, 0), 255).to(tl.uint8)
+
+
+@triton.jit
+def _unfold(
+    pixels_ptr,  # uint8 [M, 3, height, width], strided
+    out_ptr,  # [M, grid_rows * grid_columns, COLUMNS]
+    stride_m,
+    stride_c,
+    stride_h,
+    stride_w,
+    total,
+    grid_rows,
+    grid_columns,
+    PATCH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    patch_row = (row // grid_columns) % grid_rows
+    image = (row // (grid_columns * grid_rows)).to(tl.int64)
+    corner = image * stride_m + patch_row * PATCH * stride_h
+    corner += (row % grid_columns) * PATCH * stride_w
+    channel = column // (PATCH * PATCH)
+    offset = channel * stride_c + (column // PATCH) % PATCH * stride_h + column % PATCH * stride_w
+    mask = (row < total)[:, None] & (column < 3 * PATCH * PATCH)[None, :]
+    byte = tl.load(pixels_ptr + corner[:, None] + offset[None, :], mask=mask, other=128)
+    value = byte.to(tl.float32) - 128.0
+    target = out_ptr + row[:, None].to(tl.int64) * COLUMNS + column[None, :]
+    mask = (row < total)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(target, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class _Tables(NamedTuple):
+    """What `crops` show of the frames; see the kernels for the shapes."""
+
+    columns_first: Tensor
+    columns_weights: Tensor
+    variants: Tensor
+    rows_first: Tensor
+    rows_weights: Tensor
+    row_start: int
+    rows: int  # source rows that any crop reads: [row_start, row_start + rows)
+
+
+@functools.lru_cache(maxsize=64)  # videos of one size come in runs; saves five host copies each
+def _tables(
+    source: tuple[int, int],
+    target: tuple[int, int],
+    crops: tuple[Crop, ...],
+    side: int,
+    resample: Resample,
+    device: torch.device,
+) -> _Tables:
+    """source and target: (width, height)."""
+    variants = sorted({(x, mirrored) for x, _, mirrored in crops})
+    column_table = resample_table(source[0], target[0], resample)
+    row_table = resample_table(source[1], target[1], resample)
+    columns = [_window(column_table, x, side, mirrored) for x, mirrored in variants]
+    rows = [_window(row_table, y, side, False) for _, y, _ in crops]
+    rows_first = torch.stack([first for first, _ in rows])  # [V, S]
+    rows_weights = torch.stack([weights for _, weights in rows])  # [V, taps, S]
+    used = rows_first[(rows_weights != 0).any(dim=1)]
+    row_start = int(used.min()) if used.numel() else 0
+    row_end = min(int(used.max()) + rows_weights.shape[1], source[1]) if used.numel() else 1
+    return _Tables(
+        torch.stack([first for first, _ in columns]).to(device),
+        torch.stack([weights for _, weights in columns]).to(device),
+        torch.tensor([variants.index((x, m)) for x, _, m in crops], dtype=torch.int32).to(device),
+        (rows_first - row_start).clamp_(min=0).to(device),
+        rows_weights.to(device),
+        row_start,
+        row_end - row_start,
+    )
+
+
+def _window(
+    table: tuple[Tensor, Tensor], start: int, side: int, mirrored: bool
+) -> tuple[Tensor, Tensor]:
+    """The part of a table that a crop sees: first [S], weights [taps, S]; zero outside."""
+    first, weights = table
+    place = torch.arange(start, start + side)
+    place = place.flip(0) if mirrored else place
+    inside = (place >= 0) & (place < len(first))
+    place = place.clamp(0, len(first) - 1)
+    return first[place] * inside, weights[:, place] * inside
+
+
+def cut_crops_triton(
+    frames: Tensor,
+    crops: Sequence[Crop],
+    *,
+    width: int,
+    height: int,
+    side: int,
+    resample: Resample = "bicubic",
+) -> Tensor:
+    """`cut_crops` on the GPU; to the byte the same."""
+    flat = [int(number) for crop in crops for number in crop]
+    run = _cut_crops_op if torch.compiler.is_compiling() else _cut_crops
+    return cast("Tensor", run(frames, flat, width, height, side, resample))
+
+
+def _cut_crops(
+    frames: Tensor, crops: Sequence[int], width: int, height: int, side: int, resample: str
+) -> Tensor:
+    boxes = tuple((x, y, bool(m)) for x, y, m in zip(*[iter(crops)] * 3, strict=True))
+    shape = (len(frames), len(boxes), 3, side, side)
+    out = launch.empty(*shape, dtype=torch.uint8, device=frames.device)
+    if out.numel() == 0:
+        return out
+    source = (frames.shape[2], frames.shape[1])
+    tables = _tables(
+        source, (width, height), boxes, side, cast("Resample", resample), frames.device
+    )
+    variants = len(tables.columns_first)
+    columns = launch.empty(
+        len(frames), variants, 3, tables.rows, side, dtype=torch.uint8, device=frames.device
+    )
+    block = blocks("cut_columns", frames.device)
+    steps = ceil_div(tables.rows, block["BLOCK_ROWS"])
+    _cut_columns[(len(frames) * steps, ceil_div(side, block["BLOCK_COLUMNS"]), variants)](
+        frames,
+        tables.columns_first,
+        tables.columns_weights,
+        columns,
+        *frames.stride(),
+        tables.row_start,
+        tables.rows,
+        frames.shape[2],
+        side,
+        tables.columns_weights.shape[1],
+        **block,
+    )
+    block = blocks("cut_rows", frames.device)
+    steps = ceil_div(side, block["BLOCK_ROWS"])
+    _cut_rows[(out.shape[:3].numel(), steps, ceil_div(side, block["BLOCK_COLUMNS"]))](
+        columns,
+        tables.variants,
+        tables.rows_first,
+        tables.rows_weights,
+        out,
+        variants,
+        len(boxes),
+        tables.rows,
+        side,
+        tables.rows_weights.shape[1],
+        **block,
+    )
+    return out
+
+
+_cut_crops_op = torch.library.custom_op("kineticlip::cut_crops", _cut_crops, mutates_args=())
+_cut_crops_op.register_fake(
+    lambda frames, crops, width, height, side, resample: frames.new_empty(
+        len(frames), len(crops) // 3, 3, side, side
+    )
+)
+
+
+def unfold_patches_triton(
+    pixels: Tensor, patch: int, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`unfold_patches` on the GPU; exact."""
+    run = _unfold_patches_op if torch.compiler.is_compiling() else _unfold_patches
+    return cast("Tensor", run(pixels, patch, dtype))
+
+
+def _unfold_patches(pixels: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+    shape = _matrix_shape(pixels, patch)
+    out = launch.empty(*shape, dtype=dtype, device=pixels.device)
+    rows, columns = shape[0] * shape[1], shape[2]
+    if rows == 0:
+        return out
+    block = blocks("unfold_patches", pixels.device)
+    steps = ceil_div(rows, block["BLOCK_ROWS"])
+    _unfold[(steps, ceil_div(columns, block["BLOCK_COLUMNS"]))](
+        pixels,
+        out,
+        *pixels.stride(),
+        rows,
+        pixels.shape[2] // patch,
+        pixels.shape[3] // patch,
+        PATCH=patch,
+        COLUMNS=columns,
+        **block,
+    )
+    return out
+
+
+def _matrix_shape(pixels: Tensor, patch: int) -> tuple[int, int, int]:
+    count = (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
+    return len(pixels), count, patch_columns(patch)
+
+
+_unfold_patches_op = torch.library.custom_op(
+    "kineticlip::unfold_patches", _unfold_patches, mutates_args=()
+)
+_unfold_patches_op.register_fake(
+    lambda pixels, patch, dtype: pixels.new_empty(_matrix_shape(pixels, patch), dtype=dtype)
+)

@@ -1,0 +1,195 @@
+"""Resize, crop and patch matrix: Pillow is the oracle of the reference, to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_rig import BF16, DEVICE, DTYPES, FP32
+from PIL import Image
+from torch import Tensor
+
+from kineticlip_kernels import patches_triton
+from kineticlip_kernels.dispatch import UnsupportedInput
+from kineticlip_kernels.patches import (
+    Crop,
+    Resample,
+    cut_crops,
+    cut_crops_reference,
+    fold_patch_embedding,
+    patch_columns,
+    resample_table,
+    unfold_patches,
+    unfold_patches_reference,
+)
+
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+CROPS = [(0, 0, False), (7, 0, False), (3, 2, True), (3, 0, False), (-5, -3, True), (40, 0, False)]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Random bytes, a part of them 0 or 255: cubic weights overshoot there and must be clamped."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    hard = torch.rand(shape, generator=generator) < 0.5
+    return torch.where(hard, (pixels > 127) * 255, pixels).to(torch.uint8).to(DEVICE)
+
+
+def pillow(
+    frames: Tensor, crops: Sequence[Crop], width: int, height: int, side: int, resample: Resample
+) -> Tensor:
+    views = []
+    for frame in frames.cpu().numpy():
+        resized = Image.fromarray(frame).resize((width, height), FILTERS[resample])
+        for x, y, mirrored in crops:
+            crop = resized.crop((x, y, x + side, y + side))
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop
+            views.append(np.asarray(crop).transpose(2, 0, 1))
+    return torch.from_numpy(np.stack(views)).unflatten(0, (len(frames), len(crops))).to(DEVICE)
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ((53, 37), (31, 24)),  # both smaller
+        ((20, 20), (47, 64)),  # both larger
+        ((31, 90), (31, 24)),  # one axis as it was
+        ((320, 240), (341, 256)),  # Kinetics at 340 short side, for 224-pixel crops
+        ((7, 5), (1, 1)),
+    ],
+)
+def test_reference_is_pillow_to_the_byte(
+    source: tuple[int, int], target: tuple[int, int], resample: Resample
+) -> None:
+    frames, side = noise(2, source[1], source[0], 3), min(24, *target)
+    geometry = {"width": target[0], "height": target[1], "side": side, "resample": resample}
+    found = cut_crops(frames, CROPS, impl="reference", **geometry)
+    assert torch.equal(found, pillow(frames, CROPS, **geometry))
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("source", "target", "side"),
+    [((53, 37), (31, 24), 24), ((20, 18), (47, 41), 33), ((30, 24), (30, 24), 16)],
+)
+def test_triton_is_the_reference_to_the_byte(
+    source: tuple[int, int], target: tuple[int, int], side: int, resample: Resample
+) -> None:
+    frames = noise(2, source[1], source[0], 3)
+    geometry = {"width": target[0], "height": target[1], "side": side, "resample": resample}
+    found = cut_crops(frames, CROPS, impl="triton", **geometry)
+    assert torch.equal(found, cut_crops_reference(frames, CROPS, **geometry))
+
+
+def test_frames_of_any_strides() -> None:
+    planar = noise(3, 1, 40, 50).permute(1, 2, 3, 0)  # as a GPU decoder may hand them out
+    box = noise(1, 60, 70, 3)[:, 7:47, 9:59]  # a crop before the resize
+    for frames in (planar, box):
+        assert not frames.is_contiguous()
+        arguments = (frames, [(1, 2, False)])
+        geometry = {"width": 30, "height": 24, "side": 20}
+        found = cut_crops(*arguments, impl="triton", **geometry)
+        assert torch.equal(
+            found, cut_crops_reference(frames.contiguous(), arguments[1], **geometry)
+        )
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_nothing_to_cut(impl: str) -> None:
+    geometry = {"width": 8, "height": 8, "side": 6, "impl": impl}
+    assert cut_crops(noise(0, 9, 9, 3), [(0, 0, False)], **geometry).shape == (0, 1, 3, 6, 6)
+    assert cut_crops(noise(2, 9, 9, 3), [], **geometry).shape == (2, 0, 3, 6, 6)
+    outside = cut_crops(noise(1, 9, 9, 3), [(100, -50, False)], **geometry)
+    assert not outside.any()
+
+
+def test_weights_of_one_output_sum_to_one() -> None:
+    for lengths in [(640, 256), (256, 640), (1, 9), (9, 1)]:
+        _, weights = resample_table(*lengths, "bicubic")
+        taps = len(weights)
+        assert (weights.sum(dim=0) - (1 << 22)).abs().max() <= taps / 2 + 1  # each tap is rounded
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "patch"), [((28, 42), 14), ((35, 31), 8), ((10, 9), 5)])
+def test_patch_matrix_is_exact(size: tuple[int, int], patch: int, dtype: torch.dtype) -> None:
+    pixels = noise(2, 3, *size)
+    found = unfold_patches(pixels, patch, dtype=dtype, impl="triton")
+    assert found.dtype == dtype
+    assert torch.equal(found, unfold_patches_reference(pixels, patch, dtype=dtype))
+    shifted = pixels.double() - 128
+    columns = F.unfold(shifted, patch, stride=patch).transpose(1, 2)  # [M, G, 3 * P * P]
+    assert torch.equal(found[..., : 3 * patch * patch].double(), columns)
+    assert not found[..., 3 * patch * patch :].any()
+    assert found.shape[-1] == patch_columns(patch) and found.shape[-1] % 16 == 0
+
+
+def test_patch_matrix_of_strided_and_no_images() -> None:
+    crops = noise(4, 2, 3, 16, 16)[::2, 1]  # the images of one crop
+    found = unfold_patches(crops, 8, impl="triton")
+    assert torch.equal(found, unfold_patches_reference(crops, 8))
+    assert unfold_patches(noise(0, 3, 16, 16), 8, impl="triton").shape == (0, 4, 192)
+
+
+def test_folded_embedding_is_the_convolution_of_normalised_pixels() -> None:
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    weight = torch.randn(6, 3, 14, 14, dtype=torch.float64).to(DEVICE)
+    pixels = noise(2, 3, 30, 28)
+    statistics = [
+        torch.tensor(s, dtype=torch.float64).view(3, 1, 1).to(DEVICE) for s in (mean, std)
+    ]
+    normalised = (pixels.double() / 255 - statistics[0]) / statistics[1]
+    truth = F.conv2d(normalised, weight, stride=14).flatten(2).transpose(1, 2)  # [M, G, D]
+
+    folded, bias = fold_patch_embedding(weight, mean, std)
+    matrix = unfold_patches(pixels, 14, dtype=FP32).double()
+    assert (F.linear(matrix, folded, bias) - truth).abs().max() <= 1e-12 * truth.abs().max()
+
+    # bf16: bytes are exact, so this is no further off than the usual normalise-then-cast.
+    rough, usual = weight.to(BF16), normalised.to(BF16)
+    narrow = F.linear(
+        unfold_patches(pixels, 14, dtype=BF16), *fold_patch_embedding(rough, mean, std)
+    )
+    rounded = F.conv2d(normalised, rough.double(), stride=14).flatten(2).transpose(1, 2)
+    baseline = F.conv2d(usual, rough, stride=14).flatten(2).transpose(1, 2)
+    assert (narrow - rounded).square().mean() <= 2 * (baseline - rounded).square().mean()
+
+
+def test_folded_embedding_trains_the_convolution() -> None:
+    weight = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda w: fold_patch_embedding(w, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)), weight
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_operators_under_torch_compile() -> None:
+    frames = noise(1, 12, 14, 3)
+
+    def chain(frames: Tensor) -> Tensor:
+        crops = cut_crops(frames, [(1, 0, True)], width=10, height=9, side=8, impl="triton")
+        return unfold_patches(crops[:, 0], 4, impl="triton")
+
+    compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(frames), chain(frames))
+    arguments = (frames, [1, 0, 1], 10, 9, 8, "bicubic")
+    torch.library.opcheck(patches_triton._cut_crops_op, arguments)
+    torch.library.opcheck(patches_triton._unfold_patches_op, (noise(2, 3, 8, 8), 4, BF16))
+
+
+def test_what_cannot_run_says_why() -> None:
+    geometry = {"width": 8, "height": 8, "side": 6}
+    with pytest.raises(UnsupportedInput, match=r"expected uint8 \[U, H, W, 3\]"):
+        cut_crops(torch.zeros(2, 9, 9, 3), [], **geometry)
+    with pytest.raises(UnsupportedInput, match="unknown resample 'nearest'"):
+        cut_crops(noise(1, 9, 9, 3), [], resample="nearest", **geometry)
+    with pytest.raises(UnsupportedInput, match="resized to 0 x 8"):
+        cut_crops(noise(1, 9, 9, 3), [], width=0, height=8, side=6)
+    with pytest.raises(UnsupportedInput, match="patches of 16"):
+        unfold_patches(noise(1, 3, 9, 9), 16)
+    with pytest.raises(UnsupportedInput, match="dtype is fp64"):
+        unfold_patches(noise(1, 3, 9, 9), 3, dtype=torch.float64, impl="triton")
