@@ -20,7 +20,7 @@ from kineticlip.classifier import Classifier, save_classifier
 from kineticlip.config import ClassifierConfig, Config, DataConfig, ModelConfig, Text4VisConfig
 from kineticlip.errors import UserError
 from kineticlip.methods import METHODS
-from kineticlip.methods.text4vis import TEXT4VIS, VideoCLIP, build, encode_views
+from kineticlip.methods.text4vis import TEXT4VIS, VideoCLIP, build, view_embeddings
 from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, GOLDEN, arrays, tensors, under
 
 CLASSES = tuple(f"class {index}" for index in range(len(tensors("case_text")["text_features"])))
@@ -122,7 +122,7 @@ def test_official_multi_view_scores(make: Make, run: str) -> None:
     ]
     with torch.inference_mode():
         # 7 divides no number of images here: videos share forwards, and the last one is ragged
-        views = torch.stack(encode_views(model, videos, 7))
+        views = torch.stack(view_embeddings(model, videos, 7))
         scores = TEXT4VIS.score(model, videos, 7)
     expected = golden[f"{run}/view_embeddings"]
     torch.testing.assert_close(views, expected, atol=ATOL, rtol=0)
@@ -139,7 +139,7 @@ def test_towers_that_mix_frames_get_whole_clips(make: Make, case: str) -> None:
         for index in range(2)
     ]
     with torch.inference_mode():
-        found = encode_views(model, videos, 5)
+        found = view_embeddings(model, videos, 5)
         for views, video in zip(found, videos, strict=True):
             torch.testing.assert_close(views, model.encode_clips(video.clips()))
 

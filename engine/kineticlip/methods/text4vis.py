@@ -22,7 +22,13 @@ from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.formats import load_into
 from kineticlip.methods.method import Method, Metrics
-from kineticlip.methods.trunk import build_visual, encode_images, gather_views, seeded
+from kineticlip.methods.trunk import (
+    apply_header,
+    build_visual,
+    encode_frames,
+    encode_views,
+    seeded,
+)
 from kineticlip.temporal import TEMPORAL_MODULES, TemporalTransformer
 from kineticlip.weights import Weights, resolve_weights
 
@@ -80,20 +86,11 @@ class VideoCLIP(nn.Module):
 
     def encode_clips(self, pixels: Tensor) -> Tensor:
         """pixels [B, T, 3, S, S] -> video embeddings [B, E], not normalised."""
-        clips = len(pixels)
-        frames = self.encode_frames(pixels.flatten(0, 1))  # [M, E], or [B, E] if joint
-        return self.encode_video(frames.unflatten(0, (clips, -1)))
-
-    def encode_frames(self, pixels: Tensor) -> Tensor:
-        """Images [M, 3, S, S] -> [M, E]; with joint attention [B, E], T rows in a clip."""
-        embeddings: Tensor = self.visual(pixels)
-        return embeddings
+        return self.encode_video(encode_frames(self.visual, pixels))
 
     def encode_video(self, frames: Tensor) -> Tensor:
-        """Frame embeddings [B, T, E] through the header -> [B, E]."""
-        if self.fusion_model is not None and frames.shape[1] > 1:
-            frames = self.fusion_model(frames.to(self.logit_scale.dtype))
-        return frames.mean(dim=1)
+        """Frame embeddings [B, T, E] through the header and averaged -> [B, E]."""
+        return apply_header(self.fusion_model, frames).mean(dim=1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """`.to()` and friends move the classifier but leave it in float32."""
@@ -191,25 +188,15 @@ def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """Probabilities [len(videos), C]: raw view embeddings averaged, then 100 times the cosines."""
     assert isinstance(model, VideoCLIP)
-    means = [rows.mean(dim=0) for rows in encode_views(model, videos, chunk)]
+    means = [rows.mean(dim=0) for rows in view_embeddings(model, videos, chunk)]
     return model.logits(torch.stack(means), TEST_SCALE).softmax(dim=-1)
 
 
-def encode_views(model: VideoCLIP, videos: Sequence[VideoViews], chunk: int) -> list[Tensor]:
-    """Raw embeddings of every view, float32 [V, E] for each video, crop-major.
-
-    Each distinct image goes through the tower once and views gather their own, which is exact
-    while the tower sees single frames; one that mixes frames gets its clips written out.
-    """
-    if model.per_clip:
-        frames = videos[0].frame_index.shape[1]
-        clips = torch.cat([video.clips() for video in videos]).split(max(1, chunk // frames))
-        views = torch.cat([model.encode_clips(batch).float() for batch in clips])
-    else:
-        embedded = encode_images(model.visual, videos, chunk)
-        gathered = [gather_views(*pair) for pair in zip(embedded, videos, strict=True)]
-        views = model.encode_video(torch.cat(gathered)).float()
-    return list(views.split([video.num_views for video in videos]))
+def view_embeddings(model: VideoCLIP, videos: Sequence[VideoViews], chunk: int) -> list[Tensor]:
+    """Raw embeddings of every view of each video, float32 [V, E], crop-major."""
+    frames = encode_views(model.visual, videos, chunk, per_clip=model.per_clip)  # [V, T, E]
+    views = model.encode_video(torch.cat(frames)).float()
+    return list(views.split([len(rows) for rows in frames]))
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

@@ -113,21 +113,46 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def encode_images(visual: nn.Module, videos: Sequence[VideoViews], chunk: int) -> list[Tensor]:
-    """Every distinct image of every video through the tower once: float32 [U, V, E] each.
+def apply_header(header: nn.Module | None, frames: Tensor) -> Tensor:
+    """Frame embeddings [B, T, E] through the temporal header, if any; one frame passes it by."""
+    if header is None or frames.shape[1] == 1:
+        return frames
+    dtype = next(header.parameters()).dtype
+    out: Tensor = header(frames.to(dtype))
+    return out
 
-    Images of different videos share forwards of at most `chunk`.
+
+def encode_frames(visual: nn.Module, pixels: Tensor) -> Tensor:
+    """Clips [B, T, 3, S, S] -> frame embeddings [B, T, E], [B, 1, E] from joint attention."""
+    embeddings: Tensor = visual(pixels.flatten(0, 1))
+    return embeddings.unflatten(0, (len(pixels), -1))
+
+
+def encode_views(
+    visual: nn.Module, videos: Sequence[VideoViews], chunk: int, *, per_clip: bool
+) -> list[Tensor]:
+    """Frame embeddings of every view of each video, float32 [crops * K, T, E], crop-major.
+
+    Each distinct image goes through the tower once, images of several videos in one forward, at
+    most `chunk` of them; views gather their own. That is exact while the tower sees single
+    frames. One that mixes frames (`per_clip`) gets its clips written out.
     """
+    if per_clip:
+        frames = videos[0].frame_index.shape[1]
+        clips = torch.cat([video.clips() for video in videos]).split(max(1, chunk // frames))
+        views = torch.cat([encode_frames(visual, batch).float() for batch in clips])
+        return list(views.split([video.num_views for video in videos]))
     images = [video.images.flatten(0, 1) for video in videos]  # [U * V, 3, S, S]
-    batches = torch.cat(images).split(chunk)
-    encoded = torch.cat([visual(batch).float() for batch in batches])
+    encoded = torch.cat([visual(batch).float() for batch in torch.cat(images).split(chunk)])
     parts = encoded.split([len(rows) for rows in images])
     return [
-        part.unflatten(0, video.images.shape[:2]) for part, video in zip(parts, videos, strict=True)
+        gather_views(rows.unflatten(0, video.images.shape[:2]), video)
+        for rows, video in zip(parts, videos, strict=True)
     ]
 
 
 def gather_views(images: Tensor, video: VideoViews) -> Tensor:
     """Per-image rows [U, V, ...] -> those of every view, crop-major: [crops * K, T, ...]."""
     views = images[video.frame_index][:, :, video.crop_index]  # [K, T, crops, ...]
-    return views.movedim(2, 0).flatten(0, 1)
+    ordered: Tensor = views.movedim(2, 0)  # [crops, K, T, ...]
+    return ordered.flatten(0, 1)
