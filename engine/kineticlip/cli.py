@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "score a list of videos with several views each",
     "train": "train under DeepSpeed, resuming where the last checkpoint stands",
     "classifier": "build a classifier file from text, random rows, LDA or a language model",
+    "info": "count the parameters and multiply-adds of a configuration",
     "convert": "rewrite a checkpoint of one code base for another",
     "report": "make one HTML page from the result files of an evaluation",
     "demo": "render clips, train, evaluate and report: the whole path in minutes",
