@@ -125,7 +125,8 @@ def apply_header(header: nn.Module | None, frames: Tensor) -> Tensor:
 def encode_frames(visual: nn.Module, pixels: Tensor) -> Tensor:
     """Clips [B, T, 3, S, S] -> frame embeddings [B, T, E], [B, 1, E] from joint attention."""
     embeddings: Tensor = visual(pixels.flatten(0, 1))
-    return embeddings.unflatten(0, (len(pixels), -1))
+    clips: Tensor = embeddings.unflatten(0, (len(pixels), -1))
+    return clips
 
 
 def encode_views(
