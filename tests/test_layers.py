@@ -24,7 +24,7 @@ LAYERS = (
     {"methods"},
     {"metrics", "results", "optim"},
     {"train", "evaluate", "predictor", "features", "demo"},
-    {"report", "parity"},
+    {"report", "report_data", "figures", "parity"},
     {"commands"},
     {"cli", "__main__"},
 )
