@@ -1,0 +1,143 @@
+"""From frame or view embeddings to scores: averages, cosine logits, cross-entropy, top classes.
+
+Shape letters: B clips, T frames (or views), N rows to score, V views of a row, E embedding,
+C classes. Means, norms, logits and softmax are fp32 (fp64 for fp64) whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kineticlip_kernels.dispatch import Impl, UnsupportedInput, choose, triton_reasons
+
+EPS = 1e-12  # of the norm: an embedding of zeros stays zeros instead of becoming NaN
+MAX_WIDTH = 8192  # E of `mean_normalize`: a row is one block
+MAX_CLASSES = 16384  # C of `mean_softmax`: a row is one block
+MAX_TOP = 64  # k of `top_classes`: sorted in registers
+
+
+def mean_normalize(x: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """The mean over axis 1, scaled to length one. x [B, T, E] -> [B, E] of its dtype.
+
+    Frames of a clip, or raw embeddings of a video's views (Text4Vis averages before it
+    normalises). Differentiable.
+    """
+    if x.ndim != 3 or x.shape[1] == 0:
+        raise UnsupportedInput(f"mean_normalize: x is {tuple(x.shape)}, expected [B, T >= 1, E]")
+    why_not = triton_reasons(impl, x=x)
+    if x.shape[-1] > MAX_WIDTH:
+        why_not.append(f"rows of {x.shape[-1]} elements (at most {MAX_WIDTH})")
+    if choose("mean_normalize", impl, why_not) == "reference":
+        return mean_normalize_reference(x)
+    from kineticlip_kernels.head_triton import mean_normalize_triton
+
+    return mean_normalize_triton(x)
+
+
+def mean_normalize_reference(x: Tensor) -> Tensor:
+    """The specification of `mean_normalize` in plain PyTorch."""
+    return F.normalize(wide(x).mean(dim=1), dim=-1, eps=EPS).to(x.dtype)
+
+
+def class_cross_entropy(
+    x: Tensor, classes: Tensor, labels: Tensor, scale: Tensor, *, impl: Impl = "auto"
+) -> Tensor:
+    """-log softmax(scale * x @ classes.T)[label] of each row, without the matrix [N, C].
+
+    x [N, E] and classes [C, E] of one dtype, normalised by the caller for cosine logits; labels
+    int64 [N] in [0, C); scale: fp32, one element -> fp32 [N]. Differentiable in x, classes and
+    scale. The Triton face keeps N log-sums for backward and works through the classes in chunks.
+    """
+    _check_rows("class_cross_entropy", x, classes, 2)
+    why_not = triton_reasons(impl, x=x, classes=classes)
+    if x.dtype != classes.dtype:
+        why_not.append("x and classes differ in dtype")
+    if choose("class_cross_entropy", impl, why_not) == "reference":
+        return class_cross_entropy_reference(x, classes, labels, scale)
+    from kineticlip_kernels.head_classes_triton import class_cross_entropy_triton
+
+    return class_cross_entropy_triton(x, classes, labels, scale)
+
+
+def class_cross_entropy_reference(
+    x: Tensor, classes: Tensor, labels: Tensor, scale: Tensor
+) -> Tensor:
+    """The specification of `class_cross_entropy` in plain PyTorch."""
+    return F.cross_entropy(scale * (wide(x) @ wide(classes).T), labels, reduction="none")
+
+
+def top_classes(
+    x: Tensor, classes: Tensor, k: int, *, scale: float = 100.0, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The k likeliest classes under softmax(scale * x @ classes.T), best first.
+
+    x [N, E] or [N, V, E], whose views' softmaxes are averaged; classes [C, E] of x's dtype; both
+    normalised by the caller -> (probabilities fp32 [N, k], class numbers int64 [N, k]). The
+    Triton face reads the classes twice and never holds [N, C]: at C = 100,000 that matrix is
+    1.6 GB for 4096 videos. Among equal probabilities it takes the lower number. No gradient.
+    """
+    _check_rows("top_classes", x, classes, 2, 3)
+    if not 1 <= k <= len(classes):
+        raise UnsupportedInput(f"top_classes: k is {k}, expected 1 to C = {len(classes)}")
+    why_not = triton_reasons(impl, x=x, classes=classes)
+    if x.dtype != classes.dtype:
+        why_not.append("x and classes differ in dtype")
+    if k > MAX_TOP:
+        why_not.append(f"k is {k} (at most {MAX_TOP})")
+    if choose("top_classes", impl, why_not) == "reference":
+        return top_classes_reference(x, classes, k, scale=scale)
+    from kineticlip_kernels.head_classes_triton import top_classes_triton
+
+    return top_classes_triton(x, classes, k, scale=scale)
+
+
+@torch.no_grad()
+def top_classes_reference(
+    x: Tensor, classes: Tensor, k: int, *, scale: float = 100.0
+) -> tuple[Tensor, Tensor]:
+    """The specification of `top_classes` in plain PyTorch."""
+    views = x if x.ndim == 3 else x.unsqueeze(1)  # [N, V, E]
+    scores = mean_softmax_reference(scale * (wide(views) @ wide(classes).T))  # [N, C]
+    probabilities, numbers = scores.topk(k, dim=-1)
+    return probabilities, numbers
+
+
+def mean_softmax(logits: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """The mean over views of softmax(logits). logits [N, V, C] -> fp32 [N, C].
+
+    How EVL and Vita-CLIP average views. The Triton face has no gradient.
+    """
+    if logits.ndim != 3 or logits.shape[1] == 0:
+        raise UnsupportedInput(f"mean_softmax: {tuple(logits.shape)}, expected [N, V >= 1, C]")
+    why_not = triton_reasons(impl, logits=logits)
+    if logits.shape[-1] > MAX_CLASSES:
+        why_not.append(f"{logits.shape[-1]} classes (at most {MAX_CLASSES})")
+    if torch.is_grad_enabled() and logits.requires_grad:
+        why_not.append("logits need a gradient")
+    if choose("mean_softmax", impl, why_not) == "reference":
+        return mean_softmax_reference(logits)
+    from kineticlip_kernels.head_triton import mean_softmax_triton
+
+    return mean_softmax_triton(logits)
+
+
+def mean_softmax_reference(logits: Tensor) -> Tensor:
+    """The specification of `mean_softmax` in plain PyTorch."""
+    return wide(logits).softmax(dim=-1).mean(dim=1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_rows(op: str, x: Tensor, classes: Tensor, *ranks: int) -> None:
+    if x.ndim not in ranks or classes.ndim != 2 or x.shape[-1] != classes.shape[-1]:
+        raise UnsupportedInput(
+            f"{op}: x is {tuple(x.shape)}, classes {tuple(classes.shape)}; expected "
+            f"[N, {'V, ' if 3 in ranks else ''}E] and [C, E]"
+        )
+    if len(classes) == 0:
+        raise UnsupportedInput(f"{op}: there are no classes")

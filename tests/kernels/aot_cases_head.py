@@ -1,0 +1,48 @@
+"""Launches of the head's kernels with 400 and 100,000 classes, for compilation only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kineticlip_kernels.head_classes_triton import class_cross_entropy_triton, top_classes_triton
+from kineticlip_kernels.head_triton import mean_normalize_triton, mean_softmax_triton
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def mean_normalize(width: int) -> None:
+    x = meta(8, 32, width)
+    y = mean_normalize_triton(x)
+    torch.autograd.grad(y, x, torch.empty_like(y))
+
+
+def cross_entropy(rows: int, classes: int) -> None:
+    inputs = [meta(rows, 768), meta(classes, 768), meta(1, dtype=torch.float32)]
+    labels = meta(rows, dtype=torch.int64, grad=False)
+    loss = class_cross_entropy_triton(inputs[0], inputs[1], labels, inputs[2])
+    torch.autograd.grad(loss, inputs, torch.empty_like(loss))
+
+
+CASES = {
+    "mean_normalize 768": lambda: mean_normalize(768),
+    "mean_normalize 4096": lambda: mean_normalize(4096),
+    "class_cross_entropy 8 x 400": lambda: cross_entropy(8, 400),
+    "class_cross_entropy 256 x 100000": lambda: cross_entropy(256, 100_000),
+    "top_classes 5 of 100000": lambda: top_classes_triton(
+        meta(64, 768, grad=False), meta(100_000, 768, grad=False), 5
+    ),
+    "mean_softmax 400": lambda: mean_softmax_triton(meta(64, 12, 400, grad=False)),
+    "mean_softmax 16384": lambda: mean_softmax_triton(meta(64, 3, 16384, grad=False)),
+}
+
+KINDS = {
+    "head_triton._mean_forward": "memory",
+    "head_triton._mean_backward": "memory",
+    "head_triton._mean_softmax": "memory",
+    "head_classes_triton._log_sum": "matrix",
+    "head_classes_triton._grad_logits": "matrix",
+    "head_classes_triton._top": "matrix",
+}
