@@ -91,6 +91,13 @@ class Text4VisConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BikeConfig:
+    """BIKE: Text4Vis's trunk and header (`text4vis` above); how frames meet the class names."""
+
+    interaction: Literal["vcs", "dp"] = "vcs"  # weighted by the words' saliency; or averaged
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with two learning rates and a per-iteration schedule."""
 
@@ -146,6 +153,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     test: ViewConfig = field(default_factory=ViewConfig)
     text4vis: Text4VisConfig = field(default_factory=Text4VisConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    bike: BikeConfig = field(default_factory=BikeConfig)
+    bike: BikeConfig = field(default_factory=BikeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -178,6 +188,15 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     for pair in overrides:
         _apply_override(values, pair, where)
     return _validate(values, where, str(path) if path is not None else "--set"), notes
+
+
+def override(config: Config, pairs: Sequence[str]) -> Config:
+    """The configuration with `key=value` pairs applied in order."""
+    where: dict[str, str] = {}
+    values = config_to_dict(config)
+    for pair in pairs:
+        _apply_override(values, pair, where)
+    return _validate(values, where, "--set")
 
 
 def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
