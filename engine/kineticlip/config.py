@@ -91,6 +91,16 @@ class Text4VisConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """Text4Vis's contrastive baseline; its trunk and header are those of `text4vis` above."""
+
+    loss: Literal["nce", "ds", "ce"] = "nce"  # ce: over all classes, encoded at every step
+    text: Literal["online", "frozen"] = "online"  # frozen: features of the classes, made once
+    gather: bool = True  # pairs of all processes are each other's negatives
+    train_visual: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class BikeConfig:
     """BIKE: Text4Vis's trunk and header (`text4vis` above); how frames meet the class names."""
 
@@ -154,7 +164,6 @@ class Config:
     test: ViewConfig = field(default_factory=ViewConfig)
     text4vis: Text4VisConfig = field(default_factory=Text4VisConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
-    bike: BikeConfig = field(default_factory=BikeConfig)
     bike: BikeConfig = field(default_factory=BikeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
