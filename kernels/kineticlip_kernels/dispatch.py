@@ -55,6 +55,17 @@ def triton_reasons(impl: str, **tensors: Tensor) -> list[str]:
     return reasons
 
 
+def matrix_reasons(impl: str, **tensors: Tensor) -> list[str]:
+    """`triton_reasons` of a kernel whose products run on 16-bit tensor cores."""
+    reasons = triton_reasons(impl, **tensors)
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        reasons.append(f"{', '.join(tensors)} differ in dtype")
+    if not interpreting():
+        wide = [name for name, tensor in tensors.items() if tensor.dtype == torch.float32]
+        reasons += [f"{name} is fp32, and its products need 16 bits" for name in wide]
+    return reasons
+
+
 def triton_installed() -> bool:
     """Whether `import triton` would find something; imports nothing."""
     return TRITON_INSTALLED

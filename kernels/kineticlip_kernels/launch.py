@@ -19,6 +19,12 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """[..., D] -> [R, D], a view where strides permit, with neighbouring columns."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.numel() == 0 else flat.contiguous()
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
@@ -68,6 +74,7 @@ class FusedOp:
             ctx.save_for_backward(*tensors)
             ctx.set_materialize_grads(False)
             ctx.count = len(inputs)
+            ctx.mark_non_differentiable(*output[results:])
 
         def differentiate(run: Callable[..., list[Tensor]], ctx: Any, *grads: Tensor | None) -> Any:
             flags = list(ctx.needs_input_grad[: len(spread)])

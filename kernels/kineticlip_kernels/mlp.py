@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import Impl, choose, triton_reasons
+from kineticlip_kernels.dispatch import Impl, choose, matrix_reasons, triton_reasons
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     """quick_gelu(x + bias). x [..., F], bias [F] -> [..., F] of x's dtype."""
-    if choose("bias_quick_gelu", impl, reasons(impl, x, bias)) == "reference":
+    if choose("bias_quick_gelu", impl, triton_reasons(impl, x=x, bias=bias)) == "reference":
         return bias_quick_gelu_reference(x, bias)
     from kineticlip_kernels.mlp_triton import bias_quick_gelu_triton
 
@@ -31,7 +31,8 @@ def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl = "
 
     All three have one dtype; products accumulate in fp32.
     """
-    if choose("linear_quick_gelu", impl, linear_reasons(impl, x, weight, bias)) == "reference":
+    why_not = matrix_reasons(impl, x=x, weight=weight, bias=bias)
+    if choose("linear_quick_gelu", impl, why_not) == "reference":
         return linear_quick_gelu_reference(x, weight, bias)
     from kineticlip_kernels.mlp_triton import linear_quick_gelu_triton
 
@@ -48,16 +49,3 @@ def quick_gelu(x: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return x * torch.sigmoid(1.702 * x)
     return torch.mul(x, 1.702).sigmoid_().mul_(x)  # the same numbers in one temporary
-
-
-def reasons(impl: str, x: Tensor, bias: Tensor) -> list[str]:
-    """Why the Triton face of `bias_quick_gelu` cannot take these tensors."""
-    return triton_reasons(impl, x=x, bias=bias)
-
-
-def linear_reasons(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
-    """Why the Triton face of `linear_quick_gelu` cannot take these tensors."""
-    why_not = triton_reasons(impl, x=x, weight=weight, bias=bias)
-    if not x.dtype == weight.dtype == bias.dtype:
-        why_not.append("x, weight and bias differ in dtype")
-    return why_not

@@ -128,26 +128,26 @@ def _launch_forward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """-> (total or None, y, mean [R], rstd [R])."""
     width = x.shape[-1]
-    flat = x.reshape(-1, width)
+    flat = launch.rows_of(x)
     rows = len(flat)
-    extra = None if update is None else update.reshape(-1, width)
+    extra = None if update is None else launch.rows_of(update)
     y = launch.empty(*x.shape, dtype=x.dtype, device=x.device)
     total = None if extra is None else launch.empty(*x.shape, dtype=x.dtype, device=x.device)
     mean = launch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = launch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        block = blocks("layer_norm_forward", x.device, width=width)
+        block = blocks("layer_norm_forward", x.device, row_bytes=width * x.element_size())
         _forward[(ceil_div(rows, block["BLOCK_ROWS"]),)](
-            _unit(flat),
-            None if extra is None else _unit(extra),
+            flat,
+            extra,
             weight.contiguous(),
             bias.contiguous(),
             total,
             y,
             mean,
             rstd,
-            _unit(flat).stride(0),
-            0 if extra is None else _unit(extra).stride(0),
+            flat.stride(0),
+            0 if extra is None else extra.stride(0),
             rows,
             eps,
             D=width,
@@ -168,14 +168,14 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> (d x, d weight, d bias); the last two are empty unless `parameters`."""
     width = x.shape[-1]
-    flat, grad = _unit(x.reshape(-1, width)), _unit(grad_y.reshape(-1, width))
-    extra = None if grad_total is None else _unit(grad_total.reshape(-1, width))
+    flat, grad = launch.rows_of(x), launch.rows_of(grad_y)
+    extra = None if grad_total is None else launch.rows_of(grad_total)
     rows = len(flat)
     grad_x = launch.empty(*x.shape, dtype=x.dtype, device=x.device)
     if not rows:
         return grad_x, torch.zeros_like(weight), torch.zeros_like(weight)
-    block = blocks("layer_norm_backward", x.device, width=width)
-    programs = min(ceil_div(rows, block["BLOCK_ROWS"]), block["PROGRAMS"])
+    block = dict(blocks("layer_norm_backward", x.device, row_bytes=width * x.element_size()))
+    programs = min(ceil_div(rows, block["BLOCK_ROWS"]), block.pop("PROGRAMS"))
     partial = None
     if parameters:
         partial = launch.empty(2, programs, width, dtype=torch.float32, device=x.device)
@@ -194,16 +194,11 @@ def _launch_backward(
         rows,
         D=width,
         BLOCK_D=power_of_two(width),
-        **{key: value for key, value in block.items() if key != "PROGRAMS"},
+        **block,
     )
     if partial is None:
         return grad_x, weight.new_empty(0), weight.new_empty(0)
     return grad_x, partial[0].sum(dim=0).to(weight.dtype), partial[1].sum(dim=0).to(weight.dtype)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """The same rows with neighbouring columns, which the kernels assume."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _layer_norm_forward(

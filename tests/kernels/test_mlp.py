@@ -1,0 +1,80 @@
+"""QuickGELU behind a bias and behind a linear layer: the Triton faces against the references."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from kernel_rig import BF16, DEVICE, DTYPES, FP32, check, randn, strided
+from torch import Tensor
+
+from kineticlip_kernels.mlp import (
+    bias_quick_gelu,
+    bias_quick_gelu_reference,
+    linear_quick_gelu,
+    linear_quick_gelu_reference,
+    quick_gelu,
+)
+
+bias_triton = partial(bias_quick_gelu, impl="triton")
+linear_triton = partial(linear_quick_gelu, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 50), (1, 32), (2, 3, 65), (0, 24)])
+def test_bias_quick_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = randn(*shape, dtype=dtype, scale=3.0)
+    bias = randn(shape[-1], dtype=dtype, seed=1)
+    check(bias_quick_gelu_reference, bias_triton, x=x, bias=bias)
+
+
+def linear_inputs(
+    rows: tuple[int, ...], depth: int, width: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    weight = randn(width, depth, dtype=dtype, seed=1, scale=depth**-0.5)
+    bias = randn(width, dtype=dtype, seed=2)
+    return {"x": randn(*rows, depth, dtype=dtype), "weight": weight, "bias": bias}
+
+
+# Depths: under, at and over a multiple of a block's 16; widths around its 32; rows around 16.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "depth", "width"), [((33,), 40, 50), ((2, 8), 32, 64), ((1,), 8, 16), ((0,), 16, 16)]
+)
+def test_linear_quick_gelu(
+    rows: tuple[int, ...], depth: int, width: int, dtype: torch.dtype
+) -> None:
+    check(linear_quick_gelu_reference, linear_triton, **linear_inputs(rows, depth, width, dtype))
+
+
+def test_rows_and_columns_with_gaps() -> None:
+    inputs = linear_inputs((17,), 24, 40, FP32)
+    inputs["x"] = strided(inputs["x"])
+    check(linear_quick_gelu_reference, linear_triton, **inputs)
+    check(bias_quick_gelu_reference, bias_triton, x=inputs["x"], bias=randn(24))
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+def test_frozen_parameters(wanted: str) -> None:
+    inputs = linear_inputs((5,), 16, 20, BF16)
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name == wanted)
+    check(linear_quick_gelu_reference, linear_triton, **inputs)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's exp, in the interpreter
+def test_extreme_inputs_saturate() -> None:
+    x = torch.tensor([[-1e4, -60.0, 0.0, 60.0, 1e4]], device=DEVICE)
+    for face in ("reference", "triton"):
+        y = bias_quick_gelu(x, torch.zeros(5, device=DEVICE), impl=face)
+        assert torch.allclose(y, x.clamp(min=0), atol=1e-38), face
+
+
+def test_reference_is_the_formula_with_and_without_gradients() -> None:
+    x = randn(4, 30, dtype=torch.float64, scale=2.0)
+    expected = x / (1 + torch.exp(-1.702 * x))
+    assert torch.allclose(quick_gelu(x), expected, rtol=1e-14)
+    with torch.no_grad():
+        assert torch.allclose(quick_gelu(x), expected, rtol=1e-14)
+    assert torch.autograd.gradcheck(quick_gelu, x)
