@@ -137,9 +137,10 @@ class _Attributes(nn.Module):
 
 
 def save_torchscript(state: dict[str, Tensor], path: Path) -> None:
-    """As OpenAI publishes CLIP: a traced module, the three counts among its tensors."""
-    counts = {n: torch.tensor(224) for n in ("input_resolution", "context_length", "vocab_size")}
-    module = _Attributes({**state, **counts})
+    """As OpenAI publishes CLIP: a traced module, three counts and a mask among its tensors."""
+    others = {n: torch.tensor(224) for n in ("input_resolution", "context_length", "vocab_size")}
+    others["transformer.resblocks.0.attn_mask"] = torch.zeros(77, 77)
+    module = _Attributes({**state, **others})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit's own, on torch.jit
         torch.jit.save(torch.jit.trace(module, torch.zeros(1)), path)

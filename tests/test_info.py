@@ -248,6 +248,20 @@ def test_info_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert mean["totals"]["parameters"] == 105_146_369 - 18_953_728
 
 
+def test_info_command_counts_what_the_contrastive_baseline_trains(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def trained(*overrides: str) -> int:
+        config = str(CONFIGS / "k400-text4vis-vitb16-f8.yaml")
+        pairs = [word for pair in ("method=contrastive", *overrides) for word in ("--set", pair)]
+        assert main(["info", config, "--json", *pairs]) == 0
+        return int(json.loads(capsys.readouterr().out)["totals"]["trained"])
+
+    assert trained() == 105_146_369 + 63_428_096
+    assert trained("contrastive.text=frozen") == 105_146_369
+    assert trained("contrastive.text=frozen", "contrastive.train_visual=false") == 18_953_728 + 1
+
+
 def test_info_command_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(CONFIGS / "k400-text4vis-vitb16-f8.yaml")
     assert main(["info", config, "--set", "data.resolution=336"]) == 2

@@ -147,7 +147,8 @@ def test_pretrain_takes_the_text_tower_from_clip() -> None:
     assert "text_weights" not in bike["classifier"]
 
 
-def test_bike_files_name_their_method() -> None:
+def test_bike_files_name_their_method(tmp_path: Path) -> None:
+    assert read_config(write(tmp_path, BIKE))[0].bike.interaction == "vcs"
     translation = document(BIKE)
     assert translation.values["method"] == "bike"
     assert translation.values["bike"] == {"interaction": "vcs"}

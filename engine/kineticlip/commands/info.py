@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kineticlip.config import Config, read_config
@@ -75,9 +76,24 @@ def _text4vis(config: Config, model: Architecture, classes: int) -> list[Part]:
     return [*text4vis(model, config.data.num_frames, header_layers=layers), tower]
 
 
+def _contrastive(config: Config, model: Architecture, classes: int) -> list[Part]:
+    """Text4Vis's parts; which towers train is the configuration's choice."""
+
+    def trains(part: Part) -> bool:
+        if part.once:
+            return config.contrastive.text == "online"
+        return config.contrastive.train_visual or not part.name.startswith("visual")
+
+    return [
+        replace(part, trained=part.parameters if trains(part) else 0)
+        for part in _text4vis(config, model, classes)
+    ]
+
+
 # method -> its parts for a configuration, an architecture and a number of classes
 PARTS: dict[str, Callable[[Config, Architecture, int], list[Part]]] = {
     "text4vis": _text4vis,
+    "contrastive": _contrastive,
     "bike": _text4vis,
 }
 

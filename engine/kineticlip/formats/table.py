@@ -61,6 +61,7 @@ OPENAI: tuple[Rule, ...] = (
     (rf"(visual\.{VISUAL})", r"\1"),
     (rf"({TEXT}|logit_scale)", r"\1"),
     (r"input_resolution|context_length|vocab_size", None),  # counts that OpenAI stores as tensors
+    (r"(?:.+\.)?attn_mask", None),  # the causal mask, a constant
 )
 # TSM wraps a ViT block, or a bottleneck's first convolution, in a module called `net`.
 TEXT4VIS_TOWER: tuple[Rule, ...] = (
@@ -178,7 +179,7 @@ FORMATS: tuple[Format, ...] = (
             (rf"(?:state_dict\.)?(visual\.{VISUAL})", r"\1"),
             (rf"(?:state_dict\.)?(?:text\.)?({TEXT})", r"\1"),
             (r"(?:state_dict\.)?(logit_scale)", r"\1"),
-            (r"(?:state_dict\.)?(?:text\.)?attn_mask", None),  # the causal mask, a constant
+            (r"(?:.+\.)?attn_mask", None),
             *OPTIMISER,
         ),
     ),

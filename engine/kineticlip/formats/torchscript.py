@@ -61,7 +61,7 @@ class _Reader(pickle.Unpickler):
     """Builds modules, containers and tensors; any other global is an error."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        super().__init__(io.BytesIO(_record(archive, f"{root}/data.pkl")))
         self._archive = archive
         self._root = root
         self._storages: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ class _Reader(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"refused a persistent object of kind {kind!r}")
         if key not in self._storages:
-            payload = self._archive.read(f"{self._root}/data/{key}")
+            payload = _record(self._archive, f"{self._root}/data/{key}")
             if count * dtype.itemsize > len(payload):
                 raise pickle.UnpicklingError(f"storage {key} is shorter than declared")
             self._storages[key] = (
@@ -107,6 +107,13 @@ class _Reader(pickle.Unpickler):
 
     def _untagged(self, value: Any, _type: Any) -> Any:
         return value
+
+
+def _record(archive: zipfile.ZipFile, name: str) -> bytes:
+    """One record. torch never compresses them; a few compressed bytes could become gigabytes."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError(f"record {name} is compressed")
+    return archive.read(name)
 
 
 def is_torchscript(archive: zipfile.ZipFile) -> bool:
