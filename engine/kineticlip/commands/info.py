@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kineticlip.config import Config, read_config
+from kineticlip.config import Config, load_config
 from kineticlip.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config, _ = read_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
     report = describe(config, args.classes)
     print(json.dumps(report) if args.json else _as_text(report))
     return 0
