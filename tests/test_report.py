@@ -158,7 +158,7 @@ def test_the_json_is_the_one_of_the_files(folder: Path, page: Page) -> None:
 
 
 def test_facts_are_written_as_they_are(page: Page) -> None:
-    for value in (*MACHINE.values(), *MACHINE["software"].values(), "61.25", "70.5"):  # type: ignore[attr-defined]
+    for value in (*MACHINE.values(), *MACHINE["software"].values(), "61.25", "70.5"):
         if not isinstance(value, dict):
             assert str(value) in page.texts
 
@@ -269,7 +269,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     }
     for name, options in made.items():
         names = NAMES[:3] if "kept_out" in name else NAMES
-        make_run(root / name, names, videos=70, bad_every=11, **options)  # type: ignore[arg-type]
+        make_run(root / name, names, videos=70, bad_every=11, **options)
     return [root / name for name in made]
 
 
@@ -414,7 +414,7 @@ def test_script_works_in_a_browser(folder: Path, tmp_path: Path) -> None:
             capture_output=True, text=True, timeout=60, check=True,
         ).stdout  # fmt: skip
     assert doms["as_it_is"].count("<button>") == 5  # its own policy lets its own script run
-    seen = json.loads(re.search("<title>(.*?)</title>", doms["probed"]).group(1))  # type: ignore[union-attr]
+    seen = json.loads(re.search("<title>(.*?)</title>", doms["probed"]).group(1))
     assert seen == {
         "first": sorted(NAMES)[0],
         "sorted": "ascending",
