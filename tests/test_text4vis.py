@@ -20,7 +20,8 @@ from kineticlip.classifier import Classifier, save_classifier
 from kineticlip.config import ClassifierConfig, Config, DataConfig, ModelConfig, Text4VisConfig
 from kineticlip.errors import UserError
 from kineticlip.methods import METHODS
-from kineticlip.methods.text4vis import TEXT4VIS, VideoCLIP, build, view_embeddings
+from kineticlip.methods.text4vis import TEXT4VIS, VideoCLIP, build
+from kineticlip.methods.trunk import embed_views
 from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, GOLDEN, arrays, tensors, under
 
 CLASSES = tuple(f"class {index}" for index in range(len(tensors("case_text")["text_features"])))
@@ -109,6 +110,10 @@ def views_of(video: np.ndarray, indices: list[int], run: dict[str, int], name: s
     )
 
 
+def embed(model: VideoCLIP, videos: list[VideoViews], chunk: int) -> list[Tensor]:
+    return embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
+
+
 RUNS = json.loads((GOLDEN / "case_multiview.json").read_text())["views"]
 
 
@@ -122,7 +127,7 @@ def test_official_multi_view_scores(make: Make, run: str) -> None:
     ]
     with torch.inference_mode():
         # 7 divides no number of images here: videos share forwards, and the last one is ragged
-        views = torch.stack(view_embeddings(model, videos, 7))
+        views = torch.stack(embed(model, videos, 7))
         scores = TEXT4VIS.score(model, videos, 7)
     expected = golden[f"{run}/view_embeddings"]
     torch.testing.assert_close(views, expected, atol=ATOL, rtol=0)
@@ -139,7 +144,7 @@ def test_towers_that_mix_frames_get_whole_clips(make: Make, case: str) -> None:
         for index in range(2)
     ]
     with torch.inference_mode():
-        found = view_embeddings(model, videos, 5)
+        found = embed(model, videos, 5)
         for views, video in zip(found, videos, strict=True):
             torch.testing.assert_close(views, model.encode_clips(video.clips()))
 

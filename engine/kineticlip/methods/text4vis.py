@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,12 @@ from kineticlip.errors import UserError
 from kineticlip.formats import load_into
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.trunk import (
+    FrozenTensors,
     apply_header,
     build_visual,
+    cosine_logits,
+    embed_views,
     encode_frames,
-    encode_views,
     seeded,
 )
 from kineticlip.temporal import TEMPORAL_MODULES, TemporalTransformer
@@ -46,15 +48,8 @@ class VideoCLIP(nn.Module):
     gives one row a clip; the official code does so too.
     """
 
-    classifier: Tensor
-
     def __init__(
-        self,
-        visual: nn.Module,
-        header: nn.Module | None,
-        *,
-        embed: int,
-        per_clip: bool = False,
+        self, visual: nn.Module, header: nn.Module | None, *, embed: int, per_clip: bool = False
     ) -> None:
         super().__init__()
         self.visual = visual
@@ -63,7 +58,12 @@ class VideoCLIP(nn.Module):
         self.embed, self.per_clip = embed, per_clip
         self.class_names: tuple[str, ...] = ()
         self.untrained: tuple[str, ...] = ()  # parts that no weights were found for
-        self.register_buffer("classifier", torch.empty(0, embed), persistent=False)
+        self.frozen = FrozenTensors(classifier=torch.empty(0, embed))
+
+    @property
+    def classifier(self) -> Tensor:
+        """Unit rows, float32 [C, E]."""
+        return cast(Tensor, self.frozen.classifier)
 
     def set_classifier(self, classifier: Classifier) -> None:
         """Takes new classes; rows are normalised here, once. UserError for another width."""
@@ -72,38 +72,30 @@ class VideoCLIP(nn.Module):
                 f"classifier: rows of {classifier.matrix.shape[1]}, embeddings of {self.embed}"
             )
         rows = F.normalize(classifier.matrix.float(), dim=-1)
-        self.classifier = rows.to(self.logit_scale.device)  # [C, E]
+        self.frozen.classifier = rows.to(self.logit_scale.device)  # [C, E]
         self.class_names = classifier.names
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, T, 3, S, S], uint8 or normalised -> float32 logits [B, C]."""
-        return self.logits(self.encode_clips(pixels), self.logit_scale.float().exp())
-
-    def logits(self, videos: Tensor, scale: Tensor | float) -> Tensor:
-        """scale * cosine of video embeddings [B, E] and classes, float32 [B, C]."""
-        with torch.autocast(videos.device.type, enabled=False):  # half precision steps are 0.06
-            return scale * F.normalize(videos.float(), dim=-1) @ self.classifier.T
+        scale = self.logit_scale.float().exp()
+        return cosine_logits(self.encode_clips(pixels), self.classifier, scale)
 
     def encode_clips(self, pixels: Tensor) -> Tensor:
         """pixels [B, T, 3, S, S] -> video embeddings [B, E], not normalised."""
-        return self.encode_video(encode_frames(self.visual, pixels))
-
-    def encode_video(self, frames: Tensor) -> Tensor:
-        """Frame embeddings [B, T, E] through the header and averaged -> [B, E]."""
-        return apply_header(self.fusion_model, frames).mean(dim=1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """`.to()` and friends move the classifier but leave it in float32."""
-        rows = self.classifier
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.classifier = rows.to(self.classifier.device)
-        return self
+        return apply_header(self.fusion_model, encode_frames(self.visual, pixels)).mean(dim=1)
 
 
 def build(config: Config, class_names: Sequence[str]) -> VideoCLIP:
     """The model of a configuration; weights of CLIP or of a whole fine-tuned checkpoint."""
-    options, frames = config.text4vis, config.data.num_frames
     weights = resolve_weights(config.model.arch, config.model.weights)
+    model = video_model(config, weights)
+    model.set_classifier(build_classifier(config, class_names, weights=weights))
+    return model
+
+
+def video_model(config: Config, weights: Weights) -> VideoCLIP:
+    """The model without its classes."""
+    options, frames = config.text4vis, config.data.num_frames
     resnet = isinstance(weights.model.vision, ResNetShape)
     module = options.temporal_module
     if resnet and module not in ("none", "tsm"):
@@ -135,7 +127,6 @@ def build(config: Config, class_names: Sequence[str]) -> VideoCLIP:
     if model.fusion_model is not None and (options.joint or frames == 1):
         log.warning("text4vis.header: one embedding a clip, so the temporal transformer is idle")
         model.fusion_model.requires_grad_(False)
-    model.set_classifier(build_classifier(config, class_names, weights=weights))
     return model
 
 
@@ -188,15 +179,9 @@ def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """Probabilities [len(videos), C]: raw view embeddings averaged, then 100 times the cosines."""
     assert isinstance(model, VideoCLIP)
-    means = [rows.mean(dim=0) for rows in view_embeddings(model, videos, chunk)]
-    return model.logits(torch.stack(means), TEST_SCALE).softmax(dim=-1)
-
-
-def view_embeddings(model: VideoCLIP, videos: Sequence[VideoViews], chunk: int) -> list[Tensor]:
-    """Raw embeddings of every view of each video, float32 [V, E], crop-major."""
-    frames = encode_views(model.visual, videos, chunk, per_clip=model.per_clip)  # [V, T, E]
-    views = model.encode_video(torch.cat(frames)).float()
-    return list(views.split([len(rows) for rows in frames]))
+    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
+    means = torch.stack([rows.mean(dim=0) for rows in views])  # [videos, E]
+    return cosine_logits(means, model.classifier, TEST_SCALE).softmax(dim=-1)
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
