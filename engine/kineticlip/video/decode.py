@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -19,9 +18,9 @@ from kineticlip.video.probe import Probe, Scan, scan
 from kineticlip.video.pyav import read_by_packets, read_in_sequence
 from kineticlip.video.torchcodec import read_by_torchcodec
 
-Decoder = Literal["auto", "torchcodec", "pyav"]
 Reader = Callable[[Scan, tuple[int, ...]], Frames]
 READERS: dict[str, Reader] = {"torchcodec": read_by_torchcodec, "pyav": read_by_packets}
+DECODERS = ("auto", "dali", *READERS)
 
 
 class VideoSource:
@@ -87,7 +86,7 @@ class VideoSource:
             with self._lock:
                 if self._reader is not read_in_sequence:
                     self._reader, self.decoder = read_in_sequence, "pyav"
-                    self.notes.append(f"{error}; read in sequence")
+                    self.notes.append(f"{error}: read in sequence")
             return read_in_sequence(self._scan, numbers)
 
 
@@ -101,11 +100,11 @@ def open_video(
     """Opens a video file, or a folder of images as a video.
 
     decoder: "auto", or one by name; a named one that cannot return this file's frames to the bit
-    gives way to sequential PyAV, and the source's notes say why. cache: probes of earlier runs.
+    gives way to PyAV, and the source's notes say why. cache: probes of earlier runs.
     Raises VideoError where the file cannot be read, UserError for an unknown decoder.
     """
-    if decoder not in ("auto", *READERS):
-        raise UserError(f"decoder {decoder!r}: {did_you_mean(decoder, ('auto', *READERS))}")
+    if decoder not in DECODERS:
+        raise UserError(f"unknown decoder {decoder!r}. {did_you_mean(decoder, DECODERS)}")
     if Path(path).is_dir():
         return _open_folder(path, frame_template)
     found = cache.scan(path) if cache is not None else scan(path)
@@ -115,13 +114,23 @@ def open_video(
 
 
 def choose_decoder(probe: Probe, decoder: str = "auto") -> tuple[str, list[str]]:
-    """(name, notes): the CPU decoder of a file, and why it is not the preferred one."""
+    """(name, notes): the CPU decoder of a file, and why it is not the asked one.
+
+    auto is PyAV for every file: on trimmed packets it takes 5 to 10 % less CPU time than torchcodec
+    on 340p to 720p H.264, HEVC and VP9, two threads decode 1.75 times what one does (torchcodec's
+    0.85), and its FFmpeg is the same on every machine.
+    """
+    notes = []
+    if decoder == "dali":
+        notes.append("dali decodes batches on a GPU; one video on the CPU is read by PyAV")
+    if decoder == "torchcodec":
+        reason = torchcodec.why_not(probe)
+        if not reason:
+            return "torchcodec", notes
+        notes.append(f"not torchcodec: {reason}")
     if probe.why_in_sequence:
-        return "pyav", [f"{probe.why_in_sequence}; read in sequence"]
-    if decoder == "pyav":
-        return "pyav", []
-    reason = torchcodec.why_not(probe)
-    return ("pyav", [f"not torchcodec: {reason}"]) if reason else ("torchcodec", [])
+        notes.append(f"{probe.why_in_sequence}: read in sequence")
+    return "pyav", notes
 
 
 def _open_folder(path: str | Path, template: str) -> VideoSource:

@@ -62,7 +62,8 @@ def to_rgb(frame: Any, width: int, height: int) -> Frames:
 
 def stored_bytes(frame: Any) -> int:
     """Memory that a decoded picture holds, with 2 KiB of bookkeeping."""
-    return 2048 + sum(plane.buffer_size for plane in frame.planes)
+    size: int = 2048 + sum(plane.buffer_size for plane in frame.planes)
+    return size
 
 
 def upright(frames: Frames, orientation: Orientation) -> Frames:

@@ -21,8 +21,8 @@ from kineticlip.video.container import (
 from kineticlip.video.packets import Table, build_table, demux, why_not_by_packets
 from kineticlip.video.pictures import Orientation, orientation_of, stored_bytes
 
-# Decoded pictures kept when a file had to be decoded to be counted: 280 frames of 320 x 240.
-KEPT_BYTES = 32 << 20
+# Decoded pictures kept when a file had to be decoded to be counted: 480 frames of 320 x 240.
+KEPT_BYTES = 64 << 20
 
 
 # (degrees counter-clockwise, mirrored left to right afterwards) -> the same as an orientation.

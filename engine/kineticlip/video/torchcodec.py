@@ -40,7 +40,7 @@ def load() -> Any:
 def why_not(probe: Probe) -> str:
     """Why torchcodec would not return this file's frames to the bit; "" where it does."""
     if probe.why_in_sequence:
-        return probe.why_in_sequence
+        return "its frames cannot be picked by packets"
     if probe.codec not in CODECS:
         return f"{probe.codec} is not decoded to the bit alike by all FFmpeg versions"
     if probe.pixel_format not in PIXEL_FORMATS:
