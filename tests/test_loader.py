@@ -282,6 +282,13 @@ def test_stretches_show_only_their_own_frames(stretches: list[Entry]) -> None:
     assert "has 48 frames; the stretch begins at 72" in beyond.reason
 
 
+def test_a_strip_of_pixels_is_a_bad_video(tmp_path: Path) -> None:
+    Image.new("RGB", (2000, 10)).save(tmp_path / "img_00001.png")
+    config = settings("data.frame_template=img_{:05d}.png")
+    (item,) = loader.TestLoader([Entry("strip", str(tmp_path), 0)], config)
+    assert item == BadVideo("strip", 0, "is 2000 x 10, too narrow to be resized")
+
+
 def loader_threads() -> list[str]:
     names = [thread.name for thread in threading.enumerate()]
     return [name for name in names if name.startswith("kineticlip-loader")]

@@ -34,6 +34,7 @@ from kineticlip.views import apply_pillow, apply_tensor, geometry
 T = TypeVar("T")
 
 READ_BYTES = 1 << 28  # decoded frames of one video held at a time
+NARROW = 100  # longest side to shortest; beyond it a resized frame would not fit in memory
 TRIES = 32  # unreadable videos in a row, for one place of a batch, before training stops
 
 
@@ -118,6 +119,10 @@ def _open(entry: Entry, data: DataConfig, cache: ProbeCache | None) -> tuple[Vid
     # Charades names its frames after their folder: {id}-{:06d}.jpg
     template = data.frame_template.replace("{id}", Path(entry.path).name)
     source = open_video(entry.path, decoder=data.decoder, frame_template=template, cache=cache)
+    if max(source.width, source.height) > NARROW * min(source.width, source.height):
+        raise VideoError(
+            entry.path, f"is {source.width} x {source.height}, too narrow to be resized"
+        )
     count = source.num_frames - entry.first
     if entry.length >= 0:
         count = min(count, entry.length)

@@ -14,11 +14,11 @@ TEMPLATES = {
 
 # CLIP's own prompts for Kinetics: four media times seven ways of naming the action.
 _MEDIA = ("a photo of", "a video of", "a example of", "a demonstration of")
-_ACTIONS = ("", "a person ", *(f"a person {verb} " for verb in ("using", "doing", "during")))
-_ACTIONS += tuple(f"a person {verb} " for verb in ("performing", "practicing"))
+_VERBS = ("using", "doing", "during", "performing", "practicing")
+_ACTIONS = ("{}", "a person {}", *(f"a person {verb} {{}}" for verb in _VERBS))
 
 ENSEMBLES = {
-    "clip-kinetics": tuple(f"{medium} {action}{{}}." for medium in _MEDIA for action in _ACTIONS),
+    "clip-kinetics": tuple(f"{medium} {action}." for medium in _MEDIA for action in _ACTIONS),
 }
 
 
