@@ -313,6 +313,16 @@ class ResultWriter:
         ]
 
 
+def remove_results(folder: str | Path) -> None:
+    """Deletes the files of an evaluation, and nothing else, so that it starts afresh."""
+    root = Path(folder)
+    for name in (SUMMARY, TABLE, SCORES, CLASSIFIER, JOURNAL):
+        (root / name).unlink(missing_ok=True)
+    for picture in (root / THUMBNAILS).glob("*.jpg"):
+        picture.unlink()
+    (root / THUMBNAILS / "index.json").unlink(missing_ok=True)
+
+
 def summarize(rows: Sequence[VideoRow], class_names: Sequence[str]) -> Json:
     """Accuracy and counts of the rows; accuracies are None when no video could be scored.
 

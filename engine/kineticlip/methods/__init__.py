@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from kineticlip.errors import UserError, did_you_mean
+from kineticlip.methods.contrastive import CONTRASTIVE
 from kineticlip.methods.method import Method
 from kineticlip.methods.text4vis import TEXT4VIS
 
 METHODS: dict[str, Method] = {
     "text4vis": TEXT4VIS,
+    "contrastive": CONTRASTIVE,
 }
+
+
+def method_named(name: str) -> Method:
+    """The record of a method. UserError for a name that is not in the table."""
+    if name not in METHODS:
+        raise UserError(f"method: unknown method '{name}'. {did_you_mean(name, METHODS)}")
+    return METHODS[name]

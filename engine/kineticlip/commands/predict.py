@@ -1,0 +1,64 @@
+"""`kineticlip predict`: ranks class names for one video."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from kineticlip.commands.options import add_config_options, add_model_options, configured
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="FILE", help="a video, or a folder of frames")
+    add_config_options(parser)
+    add_model_options(parser, labels="class names, comma-separated; or a label file")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to print (5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from kineticlip.dataset import read_labels
+    from kineticlip.errors import UserError
+    from kineticlip.predictor import load_recognizer, pick_device, predict
+    from kineticlip.video import VideoError
+
+    if args.top < 1:
+        raise UserError(f"--top {args.top}: should be at least 1")
+    if not Path(args.video).exists():
+        raise VideoError(args.video, "no such file or folder")
+    names: tuple[str, ...] = ()
+    if args.labels and "," in args.labels:
+        names = tuple(name.strip() for name in args.labels.split(",") if name.strip())
+        args.labels = None
+    config = configured(args)
+    if not names:
+        if not config.data.labels:
+            raise UserError("no class names: give --labels 'first, second' or a label file")
+        names = read_labels(config.data.labels)
+    recognizer = load_recognizer(config, names, device=pick_device())
+    found = predict(recognizer, args.video)
+    ranking = found.ranking[: args.top]
+    if args.json:
+        document = {
+            "video": found.video,
+            "untrained": recognizer.untrained,
+            "arch": config.model.arch,
+            "frames": found.frames,
+            "views": found.views,
+            "decoder": found.decoder,
+            "ranking": [{"label": name, "probability": score} for name, score in ranking],
+        }
+        json.dump(document, sys.stdout, indent=1, ensure_ascii=False)
+        print()
+        return 0
+    if recognizer.untrained:
+        print("UNTRAINED weights: this ranking is random")
+    print(f"{found.video}: {found.frames} frames, {found.views} views, decoded by {found.decoder}")
+    width = max(len(name) for name, _ in ranking)
+    for place, (name, score) in enumerate(ranking, 1):
+        bar = "#" * round(30 * score)
+        print(f"{place:>3}  {name:<{width}}  {100 * score:6.2f} %  {bar}".rstrip())
+    return 0

@@ -1,0 +1,271 @@
+"""The evaluation loop: files to scores, every view of a video from one decode.
+
+While the device computes one group of videos, the loader's threads decode the next and a copy
+stream brings them over; the clock says what the loop waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kineticlip.architectures import CLIP_MEAN, CLIP_STD
+from kineticlip.batch import VideoViews
+from kineticlip.config import Precision
+from kineticlip.errors import UserError
+from kineticlip.loader import BadVideo
+from kineticlip.methods.method import Method
+from kineticlip.results import ResultWriter
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Clock:
+    """Where the loop's time went, in seconds, and how much it did."""
+
+    waits: dict[str, float] = field(
+        default_factory=lambda: {"decode": 0.0, "transfer": 0.0, "compute": 0.0}
+    )
+    videos: int = 0
+    images: int = 0
+    views: int = 0
+    halvings: int = 0  # of the chunk, after running out of device memory
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waits[what] += time.perf_counter() - start
+
+    def summary(self) -> dict[str, float]:
+        """Rates per second of wall time, and the share of it spent waiting for each stage."""
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        return {
+            "seconds": elapsed,
+            "videos_per_second": self.videos / elapsed,
+            "views_per_second": self.views / elapsed,
+            "images_per_second": self.images / elapsed,
+            "videos": self.videos,
+            "images": self.images,
+            "chunk_halvings": self.halvings,
+            **{f"{what}_percent": 100 * spent / elapsed for what, spent in self.waits.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One finished video: its views without the pixels, and probabilities float32 [C]."""
+
+    video: VideoViews
+    scores: Tensor
+
+
+def prepare(model: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
+    """Moves the model to the device for inference; the trunk `visual` runs in `precision`.
+
+    The weights themselves are cast (not autocast): on a CPU that is twice as fast, and heads and
+    classifiers stay in float32. Raises UserError for fp16 on a CPU, which is slower than fp32.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("eval.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+    model = model.to(device).eval().requires_grad_(False)
+    trunk = model.get_submodule("visual")
+    trunk.to(DTYPES[precision])
+    return model
+
+
+def default_chunk(device: torch.device) -> int:
+    """Images per trunk forward when nothing was probed: a CPU's caches like few of them."""
+    return 16 if device.type == "cpu" else 256
+
+
+def score_stream(
+    model: nn.Module,
+    method: Method,
+    stream: Iterable[VideoViews | BadVideo],
+    *,
+    device: torch.device,
+    chunk: int,
+    clock: Clock | None = None,
+) -> Iterator[Scored | BadVideo]:
+    """Scores videos as they come, in their order; a bad one passes through where it stood.
+
+    Videos are grouped until they hold `chunk` images, so the trunk sees full batches across
+    videos. On a GPU results are fetched one group late, so the host never waits for compute
+    while there is something to decode. Out of device memory: `chunk` is halved, the group is
+    done again and the clock counts it; no video is lost.
+    """
+    clock = clock or Clock()
+    upload = _uploader(device)
+    source = iter(stream)
+    group: list[VideoViews | BadVideo] = []
+    pending: tuple[list[VideoViews | BadVideo], Tensor | None] | None = None
+    images = 0
+    finished = False
+    while not finished:
+        with clock.waiting_for("decode"):
+            item = next(source, None)
+        if item is None:
+            finished = True
+        else:
+            group.append(item)
+            images += 0 if isinstance(item, BadVideo) else len(item.images.flatten(0, 1))
+        if group and (finished or images >= chunk):
+            videos = [video for video in group if isinstance(video, VideoViews)]
+            with clock.waiting_for("transfer"):
+                uploaded = [upload(video) for video in videos]
+            with clock.waiting_for("compute"):
+                scores, chunk = _score_group(model, method, uploaded, chunk, clock)
+                if pending is not None:
+                    yield from _results(*pending)
+            clock.videos += len(videos)
+            clock.images += images
+            clock.views += sum(video.num_views for video in videos)
+            pending = (group, scores)
+            group, images = [], 0
+    if pending is not None:
+        with clock.waiting_for("compute"):
+            results = list(_results(*pending))
+        yield from results
+
+
+def _score_group(
+    model: nn.Module, method: Method, videos: Sequence[VideoViews], chunk: int, clock: Clock
+) -> tuple[Tensor | None, int]:
+    if not videos:
+        return None, chunk
+    while True:
+        try:
+            with torch.inference_mode():
+                return method.score(model, videos, chunk), chunk
+        except torch.OutOfMemoryError:
+            if chunk == 1:
+                raise
+            torch.cuda.empty_cache()
+            chunk = max(1, chunk // 2)
+            clock.halvings += 1
+
+
+def _results(
+    group: Sequence[VideoViews | BadVideo], scores: Tensor | None
+) -> Iterator[Scored | BadVideo]:
+    rows = iter(scores.float().cpu()) if scores is not None else iter(())
+    for item in group:
+        if isinstance(item, BadVideo):
+            yield item
+        else:
+            yield Scored(replace(item, images=item.images[:0]), next(rows))
+
+
+def _uploader(device: torch.device) -> Callable[[VideoViews], VideoViews]:
+    """Moves a video's pixels and indices to the device; on a GPU from pinned memory, aside."""
+    if device.type != "cuda":
+        return lambda video: video
+    copies = torch.cuda.Stream(device)
+
+    def upload(video: VideoViews) -> VideoViews:
+        with torch.cuda.stream(copies):
+            moved = replace(
+                video,
+                images=_pinned(video.images).to(device, non_blocking=True),
+                frame_index=video.frame_index.to(device, non_blocking=True),
+                crop_index=video.crop_index.to(device, non_blocking=True),
+            )
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(copies)
+        for tensor in (moved.images, moved.frame_index, moved.crop_index):
+            tensor.record_stream(compute)
+        return moved
+
+    return upload
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
+
+
+def measure_ceiling(
+    model: nn.Module, method: Method, videos: Sequence[VideoViews], chunk: int, *, seconds: float
+) -> float:
+    """Images per second of the model alone, on views that are already on the device."""
+    device = videos[0].images.device
+    images = sum(len(video.images.flatten(0, 1)) for video in videos)
+    rounds, start = 0, time.perf_counter()
+    with torch.inference_mode():
+        while rounds == 0 or time.perf_counter() - start < seconds:
+            method.score(model, videos, chunk)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rounds += 1
+    return rounds * images / (time.perf_counter() - start)
+
+
+def evaluate_videos(
+    model: nn.Module,
+    method: Method,
+    stream: Iterable[VideoViews | BadVideo],
+    writer: ResultWriter,
+    *,
+    total: int,
+    device: torch.device,
+    chunk: int,
+    thumbnails: int = 0,
+    progress: bool = True,
+) -> Clock:
+    """Scores a stream of videos into a results folder, each as soon as it is done.
+
+    `total` counts the videos to come, for the bar. Pictures of the first `thumbnails` good
+    videos are kept. The returned clock knows where the time went.
+    """
+    from tqdm import tqdm
+
+    clock = Clock()
+    kept: list[VideoViews] = []
+    watched = _keep(stream, kept, thumbnails)
+    bar = tqdm(total=total, unit="video", disable=not progress, dynamic_ncols=True)
+    with bar:
+        for item in score_stream(model, method, watched, device=device, chunk=chunk, clock=clock):
+            if isinstance(item, BadVideo):
+                writer.add_bad(item.name, item.reason)
+            else:
+                video = item.video
+                writer.add(
+                    video.name,
+                    item.scores.numpy(),
+                    views=video.num_views,
+                    frames=video.num_frames,
+                    decoder=video.decoder,
+                )
+            bar.update()
+    for video in kept:
+        writer.save_thumbnail(video.name, _pictures(video))
+    return clock
+
+
+def _keep(
+    stream: Iterable[VideoViews | BadVideo], kept: list[VideoViews], limit: int
+) -> Iterator[VideoViews | BadVideo]:
+    """The stream itself; of its first `limit` good videos a few pixels stay behind in `kept`."""
+    for item in stream:
+        if isinstance(item, VideoViews) and len(kept) < limit:
+            shown = np.linspace(0, len(item.images) - 1, min(4, len(item.images))).round()
+            kept.append(replace(item, images=item.images[shown.astype(int), :1].clone()))
+        yield item
+
+
+def _pictures(video: VideoViews) -> NDArray[np.uint8]:
+    """Kept frames as pictures, uint8 [n, S, S, 3]; normalised ones are brought back to pixels."""
+    frames = video.images[:, 0].permute(0, 2, 3, 1)  # [n, S, S, 3]
+    if frames.dtype != torch.uint8:
+        mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+        frames = ((frames.float() * std + mean) * 255).round().clamp(0, 255).byte()
+    return frames.numpy()

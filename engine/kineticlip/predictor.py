@@ -1,0 +1,145 @@
+"""A recogniser ready to use: configuration, weights and class names made into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kineticlip.checkpoint import load_weights
+from kineticlip.config import Config, config_from_dict
+from kineticlip.errors import UserError
+from kineticlip.evaluate import Scored, default_chunk, prepare, score_stream
+from kineticlip.loader import views_of
+from kineticlip.methods import method_named
+from kineticlip.methods.method import Method
+from kineticlip.results import UNTRAINED
+from kineticlip.weights import resolve_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognizer:
+    """A model in evaluation mode on its device, with everything its results depend on."""
+
+    config: Config
+    class_names: tuple[str, ...]
+    method: Method
+    model: nn.Module
+    device: torch.device
+    weights: str  # what identifies the tensors: SHA-256 of the file, or UNTRAINED
+
+    @property
+    def untrained(self) -> bool:
+        return self.weights == UNTRAINED
+
+    @property
+    def classifier(self) -> Tensor | None:
+        """The frozen matrix [C, E] that scores are taken with, for methods that have one."""
+        rows = getattr(self.model, "classifier", None)
+        return rows.detach().float().cpu() if isinstance(rows, Tensor) else None
+
+    @property
+    def chunk(self) -> int:
+        return self.config.eval.batch_frames or default_chunk(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One video's classes, best first, with their probabilities."""
+
+    video: str
+    ranking: tuple[tuple[str, float], ...]
+    frames: int
+    views: int
+    decoder: str
+
+
+def with_weights(config: Config, weights: str, labels: str = "") -> Config:
+    """The configuration of a run with these weights in place of its own.
+
+    weights: a file, an open_clip tag or `random`. Text features still come from the text tower
+    that training used, since fine-tuned files hold none. labels: classes to score instead of
+    the configured ones, which then count as the classes of training.
+    """
+    text_weights = config.classifier.text_weights or config.model.weights
+    if weights == "random":
+        text_weights = config.classifier.text_weights or "random"
+    model = replace(config.model, weights=weights)
+    classifier = replace(config.classifier, text_weights=text_weights)
+    data = config.data
+    if labels and labels != data.labels:
+        trained = classifier.training_labels or data.labels
+        classifier = replace(classifier, training_labels=trained)
+        data = replace(data, labels=labels)
+    return replace(config, model=model, classifier=classifier, data=data)
+
+
+def config_of(weights: str) -> Config:
+    """The configuration that a weights file carries, which KinetiCLIP's own do. UserError."""
+    found = load_weights(weights).config
+    if not found:
+        raise UserError(f"{weights}: carries no configuration: give --config as well")
+    return config_from_dict(found, weights)
+
+
+def load_recognizer(
+    config: Config, class_names: Sequence[str], *, device: torch.device
+) -> Recognizer:
+    """Builds the configured model and makes it ready to score on `device`.
+
+    Raises UserError where weights are missing for a part that has to be trained: a score of a
+    random head looks like any other. `model.weights: random` runs, marked as untrained.
+    """
+    method = method_named(config.method)
+    model = method.build(config, class_names)
+    missing = tuple(getattr(model, "untrained", ()))
+    if missing and config.model.weights != "random":
+        raise UserError(
+            f"{config.model.weights}: no trained weights for {', '.join(missing)}; give --weights "
+            "a fine-tuned checkpoint, or 'random' to run untrained"
+        )
+    identity = UNTRAINED
+    if config.model.weights != "random":
+        identity = resolve_weights(config.model.arch, config.model.weights).fingerprint
+    return Recognizer(
+        config=config,
+        class_names=tuple(class_names),
+        method=method,
+        model=prepare(model, config.eval.precision, device),
+        device=device,
+        weights=identity,
+    )
+
+
+def predict(recognizer: Recognizer, video: str | Path) -> Prediction:
+    """Ranks the classes for one video file or frame folder, with the configured views.
+
+    Raises VideoError where it cannot be decoded.
+    """
+    views = views_of(video, recognizer.config, pipeline=recognizer.method.pipeline)
+    stream = score_stream(
+        recognizer.model,
+        recognizer.method,
+        [views],
+        device=recognizer.device,
+        chunk=recognizer.chunk,
+    )
+    item = next(stream)
+    assert isinstance(item, Scored)
+    scores, order = item.scores.sort(descending=True, stable=True)
+    ranking = zip(order.tolist(), scores.tolist(), strict=True)
+    return Prediction(
+        video=str(video),
+        ranking=tuple((recognizer.class_names[number], score) for number, score in ranking),
+        frames=item.video.num_frames,
+        views=item.video.num_views,
+        decoder=item.video.decoder,
+    )
+
+
+def pick_device() -> torch.device:
+    """The first GPU that torch sees, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
