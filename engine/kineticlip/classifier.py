@@ -101,17 +101,25 @@ def centered(classifier: Classifier, training_names: Sequence[str]) -> Classifie
     )
 
 
+def text_weights(config: Config, weights: Weights | None) -> tuple[Weights, str]:
+    """The weights of the text tower, and the config key that names them.
+
+    weights: those of config.model, where the caller has them open already.
+    """
+    own = config.classifier.text_weights
+    key = "classifier.text_weights" if own else "model.weights"
+    if own or weights is None:
+        weights = resolve_weights(config.model.arch, own or config.model.weights, key=key)
+    return weights, key
+
+
 def _from_text(config: Config, names: Sequence[str], weights: Weights | None) -> Classifier:
     """CLIP's text features of the prompts. One template: as they come, as Text4Vis keeps them.
 
     Several: the mean of the unit features, as CLIP's own zero-shot evaluation ensembles them.
     """
     options = config.classifier
-    key = "classifier.text_weights" if options.text_weights else "model.weights"
-    if options.text_weights or weights is None:
-        weights = resolve_weights(
-            config.model.arch, options.text_weights or config.model.weights, key=key
-        )
+    weights, key = text_weights(config, weights)
     templates = expand_templates(options.templates or (options.template,))
     prompts = [prompt for template in templates for prompt in render(template, names)]
     seed = config.seed

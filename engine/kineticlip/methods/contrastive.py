@@ -1,0 +1,185 @@
+"""Text4Vis's contrastive baseline: videos matched with the sentences of their classes.
+
+Shape letters: B clips, T frames, S side in pixels, E embedding, C classes, n tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kineticlip.batch import Batch, VideoViews
+from kineticlip.classifier import build_classifier, text_weights
+from kineticlip.config import Config, ContrastiveConfig
+from kineticlip.errors import UserError
+from kineticlip.methods.method import Method, Metrics
+from kineticlip.methods.nce import gather, matching_loss
+from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, video_model
+from kineticlip.methods.trunk import (
+    FrozenTensors,
+    apply_header,
+    cosine_logits,
+    embed_views,
+    encode_frames,
+)
+from kineticlip.prompts import render
+from kineticlip.text import BATCH, encode_text, text_tower, tokenize
+from kineticlip.weights import Weights, resolve_weights
+
+
+class ContrastiveCLIP(nn.Module):
+    """A VideoCLIP whose sentences are encoded as it trains.
+
+    Parameter names are the official ones, the text tower's at the root. tower: open_clip's text
+    transformer, and tokens [C, n] of the classes' sentences; or rows [C, E], frozen features.
+    """
+
+    def __init__(
+        self,
+        video: VideoCLIP,
+        options: ContrastiveConfig,
+        *,
+        tower: Any = None,
+        tokens: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.visual, self.fusion_model = video.visual, video.fusion_model
+        self.logit_scale = video.logit_scale
+        self.options, self.per_clip, self.untrained = options, video.per_clip, video.untrained
+        frozen = {}
+        if tower is None:
+            assert rows is not None
+            frozen["rows"] = F.normalize(rows.float(), dim=-1)
+        else:
+            assert tokens is not None
+            frozen["tokens"] = tokens
+            frozen["attn_mask"] = tower.attn_mask
+            self.token_embedding = tower.token_embedding
+            self.positional_embedding = tower.positional_embedding
+            self.transformer = tower.transformer
+            self.ln_final = tower.ln_final
+            self.text_projection = tower.text_projection
+        self.online = tower is not None
+        self.frozen = FrozenTensors(**frozen)
+        self._class_rows: Tensor | None = None
+
+    @property
+    def attn_mask(self) -> Tensor:
+        """The causal mask, in the dtype of the tower: this module can stand for one."""
+        return cast(Tensor, self.frozen.attn_mask).to(self.text_projection.dtype)
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Any:
+        """pixels [B, T, 3, S, S] -> logits [B, C]; with labels [B] the loss and the accuracy."""
+        frames = encode_frames(self.visual, pixels)
+        videos = apply_header(self.fusion_model, frames).mean(dim=1)  # [B, E]
+        scale = self.logit_scale.float().exp()
+        if labels is None:
+            return cosine_logits(videos, self.class_rows(), scale)
+        if self.options.loss == "ce":
+            every = torch.arange(self.num_classes, device=labels.device)
+            logits = cosine_logits(videos, self.sentences(every), scale)  # [B, C]
+            hits = logits.detach().argmax(dim=1) == labels
+            return F.cross_entropy(logits, labels), hits.float().mean()
+        videos = F.normalize(videos.float(), dim=-1)
+        sentences = self.sentences(labels)  # [B, E]
+        if self.options.gather:
+            videos, sentences, labels = gather(videos), gather(sentences), gather(labels)
+        logits = cosine_logits(videos, sentences, scale)  # [N, N]
+        hits = labels[logits.detach().argmax(dim=1)] == labels
+        loss = matching_loss(logits, labels, dual=self.options.loss == "ds")
+        return loss, hits.float().mean()
+
+    @property
+    def num_classes(self) -> int:
+        return len(cast(Tensor, self.frozen.tokens if self.online else self.frozen.rows))
+
+    def sentences(self, labels: Tensor) -> Tensor:
+        """Unit features of the classes' sentences, float32: labels [B] -> [B, E]."""
+        if not self.online:
+            return cast(Tensor, self.frozen.rows)[labels]
+        features = encode_text(self, cast(Tensor, self.frozen.tokens)[labels])
+        return F.normalize(features.float(), dim=-1)
+
+    def class_rows(self) -> Tensor:
+        """Every class's sentence, [C, E]; encoded once after the last step of training."""
+        if self._class_rows is None:
+            device = self.logit_scale.device
+            with torch.no_grad():
+                chunks = torch.arange(self.num_classes, device=device).split(BATCH)
+                self._class_rows = torch.cat([self.sentences(rows) for rows in chunks])
+        return self._class_rows
+
+    def train(self, mode: bool = True) -> ContrastiveCLIP:
+        """As always; the classes will be encoded again, since weights may have changed."""
+        self._class_rows = None
+        super().train(mode)
+        return self
+
+
+def build(config: Config, class_names: Sequence[str]) -> ContrastiveCLIP:
+    """The video side is Text4Vis's; `contrastive.text` says what stands for the classes."""
+    options = config.contrastive
+    weights = resolve_weights(config.model.arch, config.model.weights)
+    video = video_model(config, weights)
+    video.visual.requires_grad_(options.train_visual)
+    if options.text == "frozen":
+        rows = build_classifier(config, class_names, weights=weights).matrix
+        return ContrastiveCLIP(video, options, rows=rows)
+    if config.classifier.source != "text" or config.classifier.templates:
+        raise UserError(
+            "contrastive.text: online encodes classifier.template; it needs classifier.source "
+            "text and no classifier.templates"
+        )
+    tower = online_tower(config, weights)
+    prompts = render(config.classifier.template, class_names)
+    tokens = tokenize(prompts, weights.model.text.context)
+    return ContrastiveCLIP(video, options, tower=tower, tokens=tokens)
+
+
+def online_tower(config: Config, weights: Weights) -> Any:
+    """The text tower of the configuration as a module of its own."""
+    source, key = text_weights(config, weights)
+    state = source.clip if source.path is not None else None
+    try:
+        return text_tower(source.model.text, state, seed=config.seed)
+    except UserError as error:
+        raise UserError(f"{key}: {source.source}: {error}") from None
+
+
+def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
+    """The matching loss over the pairs of all processes, or cross entropy over the classes."""
+    if batch.labels.is_floating_point():
+        raise UserError("method contrastive: clips with several labels are not supported")
+    value, accuracy = model(batch.pixels, batch.labels)
+    return value, {"accuracy": accuracy}
+
+
+def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
+    """As Text4Vis: probabilities [len(videos), C] from the mean of the raw view embeddings."""
+    assert isinstance(model, ContrastiveCLIP)
+    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
+    means = torch.stack([rows.mean(dim=0) for rows in views])  # [videos, E]
+    return cosine_logits(means, model.class_rows(), TEST_SCALE).softmax(dim=-1)
+
+
+def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Both CLIP towers at lr * clip_ratio, the header at lr; every parameter decays."""
+    clip: list[nn.Parameter] = []
+    new: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (new if name.startswith("fusion_model.") else clip).append(parameter)
+    options = config.optim
+    groups = [
+        {"name": "clip", "params": clip, "lr": options.lr * options.clip_ratio},
+        {"name": "new", "params": new, "lr": options.lr},
+    ]
+    return [{**group, "weight_decay": options.weight_decay} for group in groups if group["params"]]
+
+
+CONTRASTIVE = Method(build=build, loss=loss, score=score, param_groups=param_groups)
