@@ -134,10 +134,11 @@ def describe(summary: dict[str, Any]) -> list[str]:
         lines.append(f"{summary['bad']} videos could not be decoded and are not counted: {reasons}")
     speed = summary["speed"]
     if speed.get("videos"):
+        waits = ", ".join(
+            f"{what} {speed[f'{what}_percent']:.0f} %" for what in ("decode", "transfer", "compute")
+        )
         lines.append(
             f"{speed['videos_per_second']:.2f} videos/s, "
-            f"{speed['images_per_second']:.1f} images/s; waited for decoding {speed['decode_percent']:.0f} %, "
-            f"transfer {speed['transfer_percent']:.0f} %, "
-            f"compute {speed['compute_percent']:.0f} % of the time"
+            f"{speed['images_per_second']:.1f} images/s; time spent waiting: {waits}"
         )
     return lines
