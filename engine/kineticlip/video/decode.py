@@ -86,7 +86,7 @@ class VideoSource:
             with self._lock:
                 if self._reader is not read_in_sequence:
                     self._reader, self.decoder = read_in_sequence, "pyav"
-                    self.notes.append(f"{error}: read in sequence")
+                    self.notes.append(f"read in sequence: {error}")
             return read_in_sequence(self._scan, numbers)
 
 
@@ -129,7 +129,7 @@ def choose_decoder(probe: Probe, decoder: str = "auto") -> tuple[str, list[str]]
             return "torchcodec", notes
         notes.append(f"not torchcodec: {reason}")
     if probe.why_in_sequence:
-        notes.append(f"{probe.why_in_sequence}: read in sequence")
+        notes.append(f"read in sequence: {probe.why_in_sequence}")
     return "pyav", notes
 
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from kineticlip.video.bitstream import PacketFacts, packet_reader
 
-# Containers that store presentation times. AVI does not: what FFmpeg derives there lies for
-# B-frames (40 of the 83 time stamps of an HMDB51 clip go backwards), so only codecs whose packets
-# stand alone are taken from it.
+# Containers that store a presentation time for every picture from the first to the last. AVI does
+# not: what FFmpeg derives there lies for B-frames (40 of the 83 time stamps of an HMDB51 clip go
+# backwards). MPEG streams may begin anywhere. Packets that stand alone are safe in all of them.
 PRESENTATION_TIMES = ("mov", "matroska", "flv")
 STANDALONE = ("mjpeg",)
 REORDERING = ("h264", "hevc")
@@ -47,10 +47,10 @@ def why_not_by_packets(container: Any, stream: Any) -> str:
     """Why frames cannot be told from packets in this container and codec; "" where they can."""
     codec = stream.codec.canonical_name
     if packet_reader(codec, None) is None:
-        return f"{codec} is decoded in sequence"
+        return f"{codec} is always decoded in sequence"
     names = container.format.name.split(",")
     if codec not in STANDALONE and not any(name in names for name in PRESENTATION_TIMES):
-        return f"{names[0]} stores no presentation times"
+        return f"{codec} in {names[0]} is always decoded in sequence"
     return ""
 
 

@@ -1,0 +1,190 @@
+"""Every decoder returns what a plain sequential read returns, to the bit."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from video_clips import RECIPES, number_of, picture, read_plainly
+
+from kineticlip.errors import UserError
+from kineticlip.video import VideoError, open_video, probe
+from kineticlip.video.trim import trim
+
+Clip = Callable[[str], Path]
+IN_SEQUENCE = {"h264_ts", "h264_avi", "mpeg4_bframes", "mpeg2"}
+TORCHCODEC = set(RECIPES) - IN_SEQUENCE - {"h264_10bit", "h264_444", "mjpeg"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_decoder_equals_a_plain_read(clip: Clip, name: str) -> None:
+    path = clip(name)
+    count, plain = read_plainly(path)
+    if not RECIPES[name].rotation:  # the plain read itself is in order
+        assert [number_of(plain[number]) for number in range(count)] == list(range(count))
+    scattered = [count - 1, 0, 23, 23, 7, 8, 30]
+    for decoder in ("auto", "pyav", "torchcodec"):
+        video = open_video(path, decoder=decoder)
+        assert (video.num_frames, video.height, video.width) == (count, *plain[0].shape[:2])
+        for numbers in (scattered, [0], [count - 1], [13], list(range(count))):
+            frames = video.read(numbers)
+            assert frames.dtype == np.uint8 and frames.flags["C_CONTIGUOUS"]
+            np.testing.assert_array_equal(frames, np.stack([plain[n] for n in numbers]))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_way_of_reading_is_recorded(clip: Clip, name: str) -> None:
+    facts = probe(clip(name))
+    assert facts.counted == ("decoding" if name in IN_SEQUENCE else "packets")
+    assert bool(facts.why_in_sequence) == (name in IN_SEQUENCE)
+    automatic = open_video(clip(name))
+    assert automatic.decoder == "pyav"
+    assert bool(automatic.notes) == (name in IN_SEQUENCE)
+    named = open_video(clip(name), decoder="torchcodec")
+    assert named.decoder == ("torchcodec" if name in TORCHCODEC else "pyav")
+    assert bool(named.notes) == (name not in TORCHCODEC)
+
+
+def test_probe_tells_what_the_file_is(clip: Clip) -> None:
+    plain, turned = probe(clip("h264")), probe(clip("h264_turned"))
+    assert (plain.codec, plain.pixel_format, plain.num_frames) == ("h264", "yuv420p", 40)
+    assert (plain.keyframes, plain.frame_rate, plain.variable_rate) == (4, 30.0, False)
+    assert plain.duration == pytest.approx(40 / 30, abs=1e-3)
+    assert (turned.width, turned.height, turned.rotation) == (96, 144, 90)
+    assert probe(clip("h264_vfr")).variable_rate
+    assert probe(clip("h264_open")).keyframes == 1  # an open group is no place to start
+
+
+def test_frames_that_an_edit_list_hides_are_not_counted(clip: Clip, tmp_path: Path) -> None:
+    """The packets from the second group on, the first five frames before time zero."""
+    path = tmp_path / "cut.mp4"
+    with av.open(str(clip("h264"))) as source, av.open(str(path), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        tick = sorted(packet.pts for packet in packets)[1]
+        for packet in packets[12:]:
+            packet.pts, packet.dts = packet.pts - 17 * tick, packet.dts - 17 * tick
+            packet.stream = copy
+            target.mux_one(packet)
+    count, plain = read_plainly(path)
+    assert number_of(plain[0]) == 17
+    for decoder in ("auto", "torchcodec"):
+        video = open_video(path, decoder=decoder)
+        assert video.num_frames == count == 23
+        assert [number_of(frame) for frame in video.read([0, 22, 9])] == [17, 39, 26]
+
+
+def test_decoding_times_posing_as_presentation_times_are_not_believed(
+    clip: Clip, tmp_path: Path
+) -> None:
+    """H.264 with B-frames copied out of an AVI."""
+    path = tmp_path / "copied.mkv"
+    with av.open(str(clip("h264_avi"))) as source, av.open(str(path), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.size:
+                packet.pts = packet.dts
+                packet.stream = copy
+                target.mux_one(packet)
+    video = open_video(path, decoder="torchcodec")
+    assert not video.probe.in_time_order
+    assert video.decoder == "pyav" and "time stamps" in " ".join(video.notes)
+    assert [number_of(frame) for frame in video.read(range(40))] == list(range(40))
+
+
+def test_pictures_that_change_size_are_scaled_to_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "sizes.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 144, 96, "yuvj420p"
+        for number in range(6):
+            size = (144, 96) if number < 3 else (288, 192)
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = *size, "yuvj420p"
+            encoder.time_base = Fraction(1, 30)
+            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+            for packet in encoder.encode(frame.reformat(format="yuvj420p")):
+                packet.pts = packet.dts = number
+                packet.stream = stream
+                container.mux_one(packet)
+    frames = open_video(path).read(range(6))
+    assert frames.shape == (6, 96, 144, 3)
+    assert abs(int(frames[5, 90, 140, 2]) - 5 * 7) < 12
+
+
+def test_threads_share_a_source(clip: Clip) -> None:
+    videos = [open_video(clip(name), decoder="auto") for name in ("h264", "mpeg4_bframes", "hevc")]
+    jobs = [(video, number) for number in range(0, 40, 5) for video in videos]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda job: number_of(job[0].read([job[1]])[0]), jobs))
+    assert found == [number for _, number in jobs]
+
+
+def test_wrong_numbers_and_names_are_the_callers_mistakes(clip: Clip) -> None:
+    video = open_video(clip("h264"))
+    for number in (40, -1):
+        with pytest.raises(VideoError, match=rf"no frame {number}; it has 40"):
+            video.read([3, number])
+    assert video.read([]).shape == (0, 96, 144, 3)
+    with pytest.raises(UserError, match=r"torchcodek'\. Did you mean 'torchcodec'"):
+        open_video(clip("h264"), decoder="torchcodek")
+
+
+def test_a_missing_torchcodec_is_said_and_not_fatal(
+    clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchcodec
+
+    import kineticlip.video.torchcodec as reader
+
+    reader.load.cache_clear()
+    monkeypatch.setattr(torchcodec, "ffmpeg_major_version", None)
+    video = open_video(clip("h264"), decoder="torchcodec")
+    reader.load.cache_clear()
+    assert video.decoder == "pyav"
+    assert "no FFmpeg libraries" in video.notes[0]
+    assert number_of(video.read([29])[0]) == 29
+
+
+def test_a_decoder_that_contradicts_the_packets_gives_way(
+    clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kineticlip.video.pyav as reader
+
+    video = open_video(clip("h264"))
+    select = reader.select_packets
+
+    def one_short(*args: object, **options: object) -> object:
+        selection = select(*args, **options)
+        del selection.packets[4]
+        return selection
+
+    monkeypatch.setattr(reader, "select_packets", one_short)
+    assert [number_of(frame) for frame in video.read([20, 11])] == [20, 11]
+    assert "read in sequence" in video.notes[0]
+
+
+@pytest.mark.parametrize("name", ["h264", "hevc", "vp9", "mjpeg"])
+def test_trimming_keeps_few_packets(clip: Clip, name: str) -> None:
+    """One frame of the third group (frames 24 to 35) needs at most its own group."""
+    trimmed = trim(clip(name), [29])
+    assert trimmed.pictures <= {"h264": 5, "hevc": 6, "vp9": 6, "mjpeg": 1}[name]
+    with av.open(io.BytesIO(trimmed.data)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == trimmed.pictures
+    assert number_of(frames[trimmed.positions[0]]) == 29
+
+
+def test_trimmed_streams_are_upright_for_no_one(clip: Clip) -> None:
+    """The engine turns pictures itself, so no decoder may find the rotation and turn them again."""
+    trimmed = trim(clip("h264_turned"), [5])
+    with av.open(io.BytesIO(trimmed.data)) as container:
+        assert next(container.decode(video=0)).rotation == 0
