@@ -148,10 +148,10 @@ def _quiet_deepspeed(*, cuda: bool) -> None:
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
-    if not cuda:
-        # The shared-memory op is compiled on first use (20 s, hangs on a stale lock) and leaves
-        # 69 MB a rank in /dev/shm; only inference collectives would use it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed asks this table for one op, shared-memory collectives on CPUs, which only inference
+    # would use: compiled on first use (20 s, hangs on a stale lock), it leaves 69 MB a rank in
+    # /dev/shm. Filling the table runs compilers and linkers, with their complaints on stderr.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
 
 
