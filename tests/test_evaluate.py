@@ -1,0 +1,162 @@
+"""The evaluation loop: every video once, in order, each distinct image encoded once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kineticlip.batch import VideoViews
+from kineticlip.config import Config, load_config
+from kineticlip.errors import UserError
+from kineticlip.evaluate import Clock, Scored, prepare, score_stream
+from kineticlip.loader import BadVideo
+from kineticlip.methods import METHODS
+from kineticlip.methods.method import Method
+from kineticlip.sampling import sample_test
+from kineticlip.video import plan_frames
+
+NAMES = ("archery", "bowling", "cooking")
+CPU = torch.device("cpu")
+TINY = ["model.arch=ViT-tiny-16", "model.weights=random", "data.resolution=64", "data.num_frames=4"]
+
+
+def configured(*pairs: str) -> Config:
+    return load_config(None, [*TINY, *pairs])
+
+
+def made_video(number: int, frames: int, *, clips: int = 2, crops: Sequence[int] = (0, 1, 0)):
+    """A video of `frames` random frames; crop 2 shows the same pixels as crop 0."""
+    config = configured(f"test.clips={clips}", "test.sampling=dense")
+    plan = plan_frames(sample_test(frames, config.data, config.test, "text4vis"))
+    generator = torch.Generator().manual_seed(number)
+    shape = (len(plan.frames), max(crops) + 1, 3, 64, 64)
+    return VideoViews(
+        name=f"video{number}",
+        label=number % 3,
+        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        frame_index=torch.from_numpy(plan.index),
+        crop_index=torch.tensor(crops),
+        decoder="made",
+        num_frames=frames,
+    )
+
+
+class CountingTower(nn.Module):
+    """Means of the pixels as embeddings; counts the images it is shown."""
+
+    def __init__(self, fails_above: int = 10**9) -> None:
+        super().__init__()
+        self.visual = nn.Identity()
+        self.images, self.largest, self.fails_above = 0, 0, fails_above
+
+    def encode(self, images: Tensor) -> Tensor:
+        if len(images) > self.fails_above:
+            raise torch.OutOfMemoryError("made up")
+        self.images += len(images)
+        self.largest = max(self.largest, len(images))
+        return images.float().mean(dim=(2, 3)) / 255  # [M, 3]
+
+
+def count_score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
+    assert isinstance(model, CountingTower)
+    rows = []
+    for video in videos:
+        images = video.images.flatten(0, 1)
+        encoded = torch.cat([model.encode(part) for part in images.split(chunk)])
+        rows.append(encoded.mean(dim=0))
+    return torch.stack(rows)
+
+
+COUNTING = Method(
+    build=lambda config, names: CountingTower(),
+    loss=lambda model, batch: (torch.zeros(()), {}),
+    score=count_score,
+    param_groups=lambda model, config: [],
+)
+
+
+def test_videos_come_out_in_order_with_bad_ones_in_their_place() -> None:
+    bad = BadVideo("broken.mp4", 0, "no video stream")
+    stream = [made_video(0, 9), bad, made_video(1, 30), made_video(2, 5), bad]
+    model = CountingTower()
+    clock = Clock()
+    results = list(score_stream(model, COUNTING, stream, device=CPU, chunk=8, clock=clock))
+    names = [item.name if isinstance(item, BadVideo) else item.video.name for item in results]
+    assert names == ["video0", "broken.mp4", "video1", "video2", "broken.mp4"]
+    for item, video in zip(results, stream, strict=True):
+        if isinstance(item, Scored):
+            assert isinstance(video, VideoViews)
+            expected = video.images.float().mean(dim=(0, 1, 3, 4)) / 255
+            torch.testing.assert_close(item.scores, expected)
+            assert not item.video.images.numel()  # pixels are not kept
+    assert clock.videos == 3
+    assert (
+        clock.images
+        == model.images
+        == sum(
+            video.images.shape[0] * video.images.shape[1]
+            for video in stream
+            if isinstance(video, VideoViews)
+        )
+    )
+
+
+def test_running_out_of_memory_halves_the_chunk_and_loses_no_video() -> None:
+    stream = [made_video(number, 20) for number in range(4)]
+    model = CountingTower(fails_above=5)
+    clock = Clock()
+    results = list(score_stream(model, COUNTING, stream, device=CPU, chunk=16, clock=clock))
+    assert [item.video.name for item in results if isinstance(item, Scored)] == [
+        video.name for video in stream
+    ]
+    assert clock.halvings == 2 and model.largest <= 4
+
+
+def test_a_short_video_with_ten_dense_clips_costs_its_frames_once() -> None:
+    video = made_video(0, 20, clips=10, crops=(0,))
+    model = CountingTower()
+    list(score_stream(model, COUNTING, [video], device=CPU, chunk=64))
+    assert video.num_views == 10
+    assert model.images <= 20
+
+
+@pytest.mark.parametrize("header", ["mean", "transformer"])
+def test_scores_equal_the_naive_order_of_work(header: str) -> None:
+    config = configured(f"text4vis.header={header}", "text4vis.header_layers=2")
+    method = METHODS["text4vis"]
+    model = prepare(method.build(config, NAMES), "fp32", CPU)
+    videos = [made_video(number, frames) for number, frames in enumerate((6, 40, 9))]
+    fast = list(score_stream(model, method, videos, device=CPU, chunk=7))
+    for item, video in zip(fast, videos, strict=True):
+        assert isinstance(item, Scored)
+        with torch.inference_mode():
+            views = torch.stack([model.encode_clips(clip[None])[0] for clip in video.clips()])
+            cosine = nn.functional.normalize(views.mean(dim=0), dim=-1) @ model.classifier.T
+        torch.testing.assert_close(item.scores, (100 * cosine).softmax(dim=-1), atol=1e-6, rtol=0)
+
+
+def test_half_precision_follows_the_device() -> None:
+    config = configured()
+    model = METHODS["text4vis"].build(config, NAMES)
+    with pytest.raises(UserError, match=r"eval.precision=fp16 needs a GPU"):
+        prepare(model, "fp16", CPU)
+    prepare(model, "bf16", CPU)
+    assert {parameter.dtype for parameter in model.visual.parameters()} == {torch.bfloat16}
+    assert model.classifier.dtype == torch.float32
+    item = next(score_stream(model, METHODS["text4vis"], [made_video(0, 9)], device=CPU, chunk=9))
+    assert isinstance(item, Scored)
+    assert item.scores.dtype == torch.float32 and item.scores.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_clock_shares_are_percentages_of_the_run() -> None:
+    clock = Clock()
+    with clock.waiting_for("decode"):
+        sum(range(100_000))
+    summary = clock.summary()
+    assert 0 < summary["decode_percent"] <= 100
+    assert summary["transfer_percent"] == summary["compute_percent"] == 0
+    assert dataclasses.is_dataclass(clock)
