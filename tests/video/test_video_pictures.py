@@ -27,7 +27,7 @@ def frame_with(a: float, b: float, c: float, d: float) -> SimpleNamespace:
 MATRICES = [
     (a, b, c, d)
     for a, b, c, d in itertools.product((-1, 0, 1), repeat=4)
-    if abs(a * d - b * c) == 1 and abs(a) + abs(b) == 1
+    if abs(a) + abs(b) == abs(c) + abs(d) == abs(a * d - b * c) == 1
 ]
 
 
