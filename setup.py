@@ -24,11 +24,13 @@ setup(
     python_requires=">=3.10",
     package_dir={
         "kineticlip": "engine/kineticlip",
+        "kineticlip.configs": "configs",
         "kineticlip_kernels": "kernels/kineticlip_kernels",
     },
-    packages=find_packages("engine") + find_packages("kernels"),
+    packages=[*find_packages("engine"), *find_packages("kernels"), "kineticlip.configs"],
     package_data={
         "kineticlip": ["py.typed", "data/*", "data/*/*", "templates/*"],
+        "kineticlip.configs": ["*.yaml", "deepspeed/*.json"],
         "kineticlip_kernels": ["py.typed", "configs/*.json"],
     },
     install_requires=[

@@ -83,3 +83,9 @@ def test_every_recipe_loads_and_is_named_after_its_file(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     assert len(path.read_text().splitlines()) <= 70
+
+
+def test_a_recipe_is_found_by_its_bare_name() -> None:
+    assert load_config("k400-text4vis-vitl14_336-f32").data.num_frames == 32
+    with pytest.raises(UserError, match="Did you mean 'k400-text4vis-vitl14_336-f32'"):
+        load_config("k400-text4vis-vitl14-336-f32")

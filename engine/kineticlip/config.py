@@ -177,7 +177,7 @@ class Config:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file (None: all defaults) and applies `key=value` overrides in order.
 
-    An official Text4Vis or BIKE file is translated; each of its keys that has no effect is logged
+    path may also be the bare name of a recipe that ships with the engine. An official Text4Vis or BIKE file is translated; each of its keys that has no effect is logged
     as a warning. Raises UserError for a missing or malformed file, an unknown key and a value of
     a wrong type.
     """
@@ -193,7 +193,7 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     values: dict[str, Any] = {}
     notes: list[str] = []
     if path is not None:
-        values = _read_yaml(Path(path), where, notes)
+        values = _read_yaml(_locate(path), where, notes)
     for pair in overrides:
         _apply_override(values, pair, where)
     return _validate(values, where, str(path) if path is not None else "--set"), notes
@@ -225,6 +225,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _locate(path: str | Path) -> Path:
+    """The file itself, or the recipe of that name: beside this package, or in the repository."""
+    given = Path(path)
+    if given.exists() or given.suffix or len(given.parts) != 1:
+        return given
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parents[1] / "configs")
+    recipes = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+    if given.name not in recipes:
+        raise UserError(
+            f"{path}: no such file, and no recipe of that name. {did_you_mean(str(path), recipes)}"
+        )
+    return recipes[given.name]
 
 
 def _read_yaml(path: Path, where: dict[str, str], notes: list[str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kineticlip.demo import render
+    from kineticlip.demo import render, write_start_weights
 
     root = Path(args.output)
     root.mkdir(parents=True, exist_ok=True)
@@ -42,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
     count = sum(1 for _ in data.root.glob("*.mp4"))
     print(f"  {count} clips under {data.root}, 24 sentences to train on, 12 kept out")
 
+    start = write_start_weights(root / "start.safetensors")
     for name, source in SOURCES.items():
         _say(f"Training against a frozen {name} classifier.")
         _command(
             "train", "--config", RECIPE, "--num-processes", str(args.processes),
             *_sets(
                 f"name=demo-{name}", f"output={root / name}", f"classifier.source={source}",
+                f"model.weights={start}",
                 f"data.train_list={data.train_list}", f"data.train_root={data.root}",
                 f"data.labels={data.seen_labels}", *args.set,
             ),
