@@ -194,7 +194,7 @@ def test_frozen_sentences_train_no_text_tower() -> None:
 
 def test_options_that_do_not_fit() -> None:
     config = replace(tiny(), classifier=ClassifierConfig(source="random_normal"))
-    with pytest.raises(UserError, match=r"needs classifier\.source text"):
+    with pytest.raises(UserError, match="needs source text, one template"):
         build(config, ("a",))
     several = Batch(pixels=PIXELS, labels=torch.ones(2, 10), names=())
     with pytest.raises(UserError, match="several labels"):

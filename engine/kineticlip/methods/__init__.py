@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kineticlip.errors import UserError, did_you_mean
+from kineticlip.methods.bike import BIKE
 from kineticlip.methods.contrastive import CONTRASTIVE
 from kineticlip.methods.method import Method
 from kineticlip.methods.text4vis import TEXT4VIS
@@ -10,6 +11,7 @@ from kineticlip.methods.text4vis import TEXT4VIS
 METHODS: dict[str, Method] = {
     "text4vis": TEXT4VIS,
     "contrastive": CONTRASTIVE,
+    "bike": BIKE,
 }
 
 

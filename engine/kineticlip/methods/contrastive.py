@@ -26,7 +26,7 @@ from kineticlip.methods.trunk import (
     embed_views,
     encode_frames,
 )
-from kineticlip.prompts import render
+from kineticlip.prompts import expand_templates, render
 from kineticlip.text import BATCH, encode_text, text_tower, tokenize
 from kineticlip.weights import Weights, resolve_weights
 
@@ -130,15 +130,20 @@ def build(config: Config, class_names: Sequence[str]) -> ContrastiveCLIP:
     if options.text == "frozen":
         rows = build_classifier(config, class_names, weights=weights).matrix
         return ContrastiveCLIP(video, options, rows=rows)
-    if config.classifier.source != "text" or config.classifier.templates:
+    tokens = class_tokens(config, class_names, weights)
+    return ContrastiveCLIP(video, options, tower=online_tower(config, weights), tokens=tokens)
+
+
+def class_tokens(config: Config, class_names: Sequence[str], weights: Weights) -> Tensor:
+    """Tokens [C, n] of the classes' sentences. UserError for a classifier that is not one text."""
+    options = config.classifier
+    templates = expand_templates((options.template,))
+    if options.source != "text" or options.templates or len(templates) > 1 or options.center:
         raise UserError(
-            "contrastive.text: online encodes classifier.template; it needs classifier.source "
-            "text and no classifier.templates"
+            "classifier: this method encodes the sentences themselves; it needs source text, one "
+            "template and no centre"
         )
-    tower = online_tower(config, weights)
-    prompts = render(config.classifier.template, class_names)
-    tokens = tokenize(prompts, weights.model.text.context)
-    return ContrastiveCLIP(video, options, tower=tower, tokens=tokens)
+    return tokenize(render(templates[0], class_names), weights.model.text.context)
 
 
 def online_tower(config: Config, weights: Weights) -> Any:
