@@ -31,15 +31,21 @@ class VisionShape:
     activation: Activation = "quick_gelu"
     mean: tuple[float, float, float] = CLIP_MEAN  # of pixels in [0, 1]
     std: tuple[float, float, float] = CLIP_STD
+    height: int = 0  # of images that are not square, which are `resolution` wide
 
     @property
     def grid(self) -> int:
         return self.resolution // self.patch
 
     @property
+    def rows(self) -> int:
+        """Patches from top to bottom; `grid` of them stand side by side."""
+        return (self.height or self.resolution) // self.patch
+
+    @property
     def tokens(self) -> int:
         """N: the class token and the patches."""
-        return self.grid**2 + 1
+        return self.rows * self.grid + 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,23 @@ class BikeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvlConfig:
+    """EVL: one query per clip reads the tokens of the last blocks of a frozen trunk."""
+
+    layers: int = 4  # K: decoder layers, on as many last blocks
+    qkv_dim: int = 0  # D, width of the query's attention; 0: the trunk's width
+    heads: int = 0  # 0: one for every 64 of the width
+    mlp_factor: float = 4.0
+    class_drop_out: float = 0.5  # before the last linear layer
+    mlp_drop_out: float = 0.5
+    temporal_conv: bool = True
+    temporal_position: bool = True
+    temporal_attention: bool = True
+    finetune: bool = False  # train the trunk too, at lr * clip_ratio
+    backbone: str = "openai"  # the trunk, where model.weights holds a decoder alone
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with two learning rates and a per-iteration schedule."""
 
@@ -165,6 +182,7 @@ class Config:
     text4vis: Text4VisConfig = field(default_factory=Text4VisConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     bike: BikeConfig = field(default_factory=BikeConfig)
+    evl: EvlConfig = field(default_factory=EvlConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -345,6 +363,7 @@ def _check_ranges(config: Config, where: Mapping[str, str], source: str) -> None
         "train.micro_batch_size": config.train.micro_batch_size,
         "train.checkpoint_every": config.train.checkpoint_every,
         "train.log_every": config.train.log_every,
+        "evl.layers": config.evl.layers,
     }
     for dotted, value in at_least_one.items():
         if value < 1:

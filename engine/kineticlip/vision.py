@@ -118,11 +118,11 @@ class VisionTransformer(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Pixels to tokens with their positions, before ln_pre. [M, 3, S, S] -> [M, N, D]."""
-        side = self.shape.resolution
-        if pixels.shape[-2:] != (side, side):
+        width, height = self.shape.resolution, self.shape.height or self.shape.resolution
+        if pixels.shape[-2:] != (height, width):
             raise UserError(
                 f"images of {pixels.shape[-1]}x{pixels.shape[-2]} pixels; "
-                f"this tower takes {side}x{side} (data.resolution)"
+                f"this tower takes {width}x{height} (data.resolution)"
             )
         patches = self.conv1(pixels) + self.positional_embedding[1:]  # [M, P, D]
         if self.joint_frames:
