@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 from kineticlip.classifier import (
@@ -22,8 +23,11 @@ from kineticlip.classifier import (
     sentence_classifier,
 )
 from kineticlip.cli import main
-from kineticlip.config import ClassifierConfig, Config, ModelConfig
+from kineticlip.config import ClassifierConfig, Config, ModelConfig, Text4VisConfig, load_config
+from kineticlip.dataset import training_list
 from kineticlip.errors import UserError
+from kineticlip.features import video_embeddings
+from kineticlip.methods.text4vis import video_model
 from kineticlip.text import text_features
 from kineticlip.weights import resolve_weights
 
@@ -230,6 +234,63 @@ def test_command_builds_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "4 classes x 6" in out and "shrinkage: 0.2" in out
 
     assert main(["classifier", "build", "lda", *common]) == 2
-    assert "--embeddings" in capsys.readouterr().err
+    assert "data.train_list" in capsys.readouterr().err
     assert main(["classifier", "build", "text", "--output", "x.pt"]) == 2
     assert "expected a .safetensors file" in capsys.readouterr().err
+
+
+def test_lda_of_a_list_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders of frames: dark ones and bright ones, two of each."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for label, base in enumerate((40, 170)):
+        for number in range(2):
+            folder = tmp_path / f"{label}-{number}"
+            folder.mkdir()
+            for frame in range(1, 4):
+                pixels = rng.integers(base, base + 40, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"img_{frame:05d}.jpg")
+            lines.append(f"{folder.name} 3 {label}")
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    (tmp_path / "labels.txt").write_text("dark\nbright")
+    output = tmp_path / "k.safetensors"
+    settings = {
+        "model.arch": "ViT-tiny-16",
+        "data.resolution": 64,
+        "data.num_frames": 2,
+        "data.train_list": tmp_path / "list.txt",
+        "data.train_root": tmp_path,
+        "eval.precision": "fp32",
+    }
+    pairs = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    build = ["classifier", "build", "lda", "--per-class", "2", "--shrinkage", "0.5", *pairs]
+    files = ["--labels", str(tmp_path / "labels.txt"), "--output", str(output)]
+    assert main([*build, "--weights", "random", *files, "--json"]) == 0
+    provenance = json.loads(capsys.readouterr().out)["provenance"]
+    assert provenance["videos"] == 4 and provenance["per_class"] == 2
+
+    config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
+    config = replace(
+        config,
+        model=replace(config.model, weights="random"),
+        text4vis=Text4VisConfig(header="mean"),
+    )
+    entries = training_list(config, 2).entries
+    found = video_embeddings(config, entries, device=torch.device("cpu"))
+    assert found.labels.tolist() == [0, 0, 1, 1] and not found.bad
+    model = video_model(config, resolve_weights("ViT-tiny-16", "random"))
+    with Image.open(tmp_path / "0-0" / "img_00001.jpg") as first:
+        pixels = torch.from_numpy(np.array(first)).permute(2, 0, 1)
+    with Image.open(tmp_path / "0-0" / "img_00002.jpg") as second:
+        pixels = torch.stack([pixels, torch.from_numpy(np.array(second)).permute(2, 0, 1)])
+    with torch.inference_mode():
+        expected = model.eval().encode_clips(pixels.unsqueeze(0))[0]
+    torch.testing.assert_close(found.matrix[0], expected, atol=1e-5, rtol=0)
+    rows = load_classifier(output).matrix
+    again = lda_classifier(
+        found.matrix.numpy(), found.labels.numpy(), ("dark", "bright"), shrinkage=0.5
+    ).matrix
+    torch.testing.assert_close(rows, again, atol=1e-4, rtol=1e-4)
+    too_many = [word.replace("2", "3") if word == "2" else word for word in build]
+    assert main([*too_many, "--weights", "random", *files]) == 2
+    assert "has only 2 videos" in capsys.readouterr().err

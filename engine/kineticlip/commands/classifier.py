@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
+from kineticlip.commands.options import add_config_options, add_model_options, configured
 from kineticlip.errors import UserError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from kineticlip.classifier import Classifier
     from kineticlip.config import Config
 
@@ -20,11 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build = actions.add_parser("build", help="write a classifier file", allow_abbrev=False)
     build.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     build.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file")
-    build.add_argument("--config", metavar="YAML", help="model, classifier and data.labels of it")
-    build.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"
-    )
-    build.add_argument("--labels", metavar="FILE", help="class names, in place of data.labels")
+    add_config_options(build)
+    add_model_options(build)
     sentence = build.add_argument_group("sentence: rows of a language model on this machine")
     sentence.add_argument("--model", metavar="FOLDER", help="as transformers' save_pretrained")
     sentence.add_argument("--pooling", choices=("mean", "first"), default="mean")
@@ -38,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lda.add_argument(
         "--embeddings",
         metavar="FILE",
-        help=".safetensors with `embeddings` [N, E] and `labels` [N]",
+        help=".safetensors with `embeddings` [N, E] and `labels` [N]; without it the videos of "
+        "data.train_list are embedded",
+    )
+    lda.add_argument(
+        "--per-class", type=int, default=60, metavar="N", help="videos of data.train_list (60)"
     )
     lda.add_argument(
         "--shrinkage", default="auto", metavar="X", help="auto (Ledoit-Wolf), or 0 to 1"
@@ -74,18 +79,16 @@ def _build(args: argparse.Namespace) -> Classifier:
     from dataclasses import replace
 
     from kineticlip.classifier import build_classifier
-    from kineticlip.config import load_config
     from kineticlip.dataset import read_labels
 
-    config = load_config(args.config, args.set)
-    labels = args.labels or config.data.labels
-    if not labels:
+    config = configured(args)
+    if not config.data.labels:
         raise UserError("no class names: give --labels FILE, or data.labels in the config")
-    names = read_labels(labels)
+    names = read_labels(config.data.labels)
     if args.kind == "sentence":
         return _sentence(args, config, names)
     if args.kind == "lda":
-        return _lda(args, names)
+        return _lda(args, config, names)
     config = replace(config, classifier=replace(config.classifier, source=args.kind))
     return build_classifier(config, names)
 
@@ -107,21 +110,56 @@ def _sentence(args: argparse.Namespace, config: Config, names: tuple[str, ...]) 
     )
 
 
-def _lda(args: argparse.Namespace, names: tuple[str, ...]) -> Classifier:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _lda(args: argparse.Namespace, config: Config, names: tuple[str, ...]) -> Classifier:
+    from dataclasses import replace
 
     from kineticlip.classifier import lda_classifier
 
-    if not args.embeddings:
-        raise UserError("classifier build lda: give --embeddings FILE")
+    try:
+        shrinkage = args.shrinkage if args.shrinkage == "auto" else float(args.shrinkage)
+    except ValueError:
+        raise UserError(f"--shrinkage: expected auto or a number, got {args.shrinkage}") from None
+    find = _stored if args.embeddings else _embedded
+    embeddings, labels, origin = find(args, config, names)
+    built = lda_classifier(embeddings, labels, names, shrinkage=shrinkage)
+    return replace(built, provenance={**built.provenance, **origin})
+
+
+Labelled = tuple["NDArray[Any]", "NDArray[Any]", dict[str, Any]]  # [N, E], [N], where from
+
+
+def _stored(args: argparse.Namespace, config: Config, names: tuple[str, ...]) -> Labelled:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         stored = load_file(args.embeddings)
         embeddings, labels = stored["embeddings"].float().numpy(), stored["labels"].numpy()
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{args.embeddings}: no file of embeddings and labels: {error}") from None
-    try:
-        shrinkage = args.shrinkage if args.shrinkage == "auto" else float(args.shrinkage)
-    except ValueError:
-        raise UserError(f"--shrinkage: expected auto or a number, got {args.shrinkage}") from None
-    return lda_classifier(embeddings, labels, names, shrinkage=shrinkage)
+    return embeddings, labels, {"embeddings": args.embeddings}
+
+
+def _embedded(args: argparse.Namespace, config: Config, names: tuple[str, ...]) -> Labelled:
+    """CLIP's own embeddings, without a temporal header, of some training videos a class."""
+    from dataclasses import replace
+
+    from kineticlip.dataset import few_shot, training_list
+    from kineticlip.features import video_embeddings
+    from kineticlip.predictor import pick_device
+
+    config = replace(config, text4vis=replace(config.text4vis, header="mean"))
+    listed = training_list(config, len(names))
+    entries = few_shot(listed.entries, args.per_class, config.seed, repeat=False)
+    found = video_embeddings(config, entries, device=pick_device(), progress=not args.json)
+    for video in found.bad:
+        print(f"left out: {video.name}: {video.reason}", file=sys.stderr)
+    origin = {
+        "arch": config.model.arch,
+        "weights": config.model.weights,
+        "list": listed.source,
+        "list_sha256": listed.sha256,
+        "per_class": args.per_class,
+        "unreadable": len(found.bad),
+    }
+    return found.matrix.numpy(), found.labels.numpy(), origin

@@ -114,6 +114,11 @@ class ContrastiveCLIP(nn.Module):
                 self._class_rows = torch.cat([self.sentences(rows) for rows in chunks])
         return self._class_rows
 
+    @property
+    def classifier(self) -> Tensor:
+        """What scores are taken with: the classes' unit rows."""
+        return self.class_rows()
+
     def train(self, mode: bool = True) -> ContrastiveCLIP:
         """As always; the classes will be encoded again, since weights may have changed."""
         self._class_rows = None

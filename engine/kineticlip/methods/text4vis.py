@@ -179,9 +179,15 @@ def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """Probabilities [len(videos), C]: raw view embeddings averaged, then 100 times the cosines."""
     assert isinstance(model, VideoCLIP)
-    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
-    means = torch.stack([rows.mean(dim=0) for rows in views])  # [videos, E]
+    means = embed_videos(model, videos, chunk)
     return cosine_logits(means, model.classifier, TEST_SCALE).softmax(dim=-1)
+
+
+def embed_videos(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
+    """The mean of each video's raw view embeddings, float32 [len(videos), E]."""
+    assert isinstance(model, VideoCLIP)
+    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
+    return torch.stack([rows.mean(dim=0) for rows in views])
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
