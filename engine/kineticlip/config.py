@@ -120,7 +120,7 @@ class EvlConfig:
     temporal_conv: bool = True
     temporal_position: bool = True
     temporal_attention: bool = True
-    finetune: bool = False  # train the trunk too, at lr * clip_ratio
+    finetune: bool = False  # train the trunk too
     backbone: str = "openai"  # the trunk, where model.weights holds a decoder alone
 
 

@@ -49,19 +49,25 @@ class Weights:
     path: Path | None
 
     @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything in the file under our names, float32: both towers, and a method's own parts.
-
-        Raises UserError for a file that cannot be read or holds no CLIP.
-        """
+    def contents(self) -> dict[str, Tensor]:
+        """Everything in the file under our names, float32. UserError where it cannot be read."""
         assert self.path is not None
-        tensors = read_checkpoint(self.path).tensors
-        if not any(name.startswith("visual.") for name in tensors):
-            raise UserError(f"{self.path}: holds no visual tower of CLIP")
         return {
             name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
+            for name, tensor in read_checkpoint(self.path).tensors.items()
         }
+
+    @property
+    def has_visual(self) -> bool:
+        """Whether the file holds a visual tower, and not a method's own parts alone."""
+        return any(name.startswith("visual.") for name in self.contents)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The contents: both towers, and a method's own parts. UserError without a tower."""
+        if not self.has_visual:
+            raise UserError(f"{self.path}: holds no visual tower of CLIP")
+        return self.contents
 
     @property
     def clip(self) -> dict[str, Tensor]:

@@ -90,11 +90,40 @@ def _contrastive(config: Config, model: Architecture, classes: int) -> list[Part
     ]
 
 
+def _evl(config: Config, model: Architecture, classes: int) -> list[Part]:
+    from kineticlip.architectures import VisionShape
+    from kineticlip.info import evl
+    from kineticlip.methods.evl_decoder import decoder_shape
+
+    if not isinstance(model.vision, VisionShape):
+        raise UserError(f"model.arch: EVL reads a vision transformer, {model.name} is none")
+    shape = decoder_shape(config.evl, model.vision, config.data.num_frames)
+    parts = evl(
+        model.vision,
+        shape.frames,
+        classes=classes,
+        layers=shape.layers,
+        qkv_dim=shape.qkv_dim,
+        heads=shape.heads,
+        mlp_factor=config.evl.mlp_factor,
+        temporal_conv=shape.conv,
+        temporal_positions=shape.position,
+        temporal_attention=shape.attention,
+    )
+    if not config.evl.finetune:
+        return parts
+    return [
+        replace(part, trained=part.parameters) if part.name.startswith("visual") else part
+        for part in parts
+    ]
+
+
 # method -> its parts for a configuration, an architecture and a number of classes
 PARTS: dict[str, Callable[[Config, Architecture, int], list[Part]]] = {
     "text4vis": _text4vis,
     "contrastive": _contrastive,
     "bike": _text4vis,
+    "evl": _evl,
 }
 
 

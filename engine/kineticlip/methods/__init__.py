@@ -5,6 +5,7 @@ from __future__ import annotations
 from kineticlip.errors import UserError, did_you_mean
 from kineticlip.methods.bike import BIKE
 from kineticlip.methods.contrastive import CONTRASTIVE
+from kineticlip.methods.evl import EVL_METHOD
 from kineticlip.methods.method import Method
 from kineticlip.methods.text4vis import TEXT4VIS
 
@@ -12,6 +13,7 @@ METHODS: dict[str, Method] = {
     "text4vis": TEXT4VIS,
     "contrastive": CONTRASTIVE,
     "bike": BIKE,
+    "evl": EVL_METHOD,
 }
 
 

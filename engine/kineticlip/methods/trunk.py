@@ -37,13 +37,14 @@ def build_visual(
     shift_frames: int = 0,
     drop_out: float = 0.0,
     embedding_drop_out: float = 0.0,
+    optional: tuple[str, ...] = (),
 ) -> nn.Module:
     """The visual tower of config.model with these weights, or random ones from config.seed.
 
     control_point, joint_frames and the dropouts are those of VisionTransformer, shift_frames that
-    of ModifiedResNet. Parameters that these options add may be missing from the weights and then
-    keep their initial values. Raises UserError where the weights, the resolution or an option do
-    not suit the architecture.
+    of ModifiedResNet. Parameters that these options add, and those that match `optional`, may be
+    missing from the weights and then keep their initial values. Raises UserError where the
+    weights, the resolution or an option do not suit the architecture.
     """
     shape = weights.model.vision
     if shape.resolution != config.data.resolution:
@@ -69,22 +70,23 @@ def build_visual(
             drop_out=drop_out,
             embedding_drop_out=embedding_drop_out,
         )
-    adds = bool(control_point or joint_frames)
-    visual = _with_weights(make, weights, config.seed, adds=adds)
+    if control_point or joint_frames:
+        optional = (*optional, *ADDED)
+    visual = _with_weights(make, weights, config.seed, optional=optional)
     if isinstance(visual, VisionTransformer):
         visual.transformer.checkpointing = config.train.activation_checkpointing
     return visual
 
 
 def _with_weights(
-    make: Callable[[], nn.Module], weights: Weights, seed: int, *, adds: bool
+    make: Callable[[], nn.Module], weights: Weights, seed: int, *, optional: tuple[str, ...]
 ) -> nn.Module:
-    """adds: the tower has parameters that CLIP has not."""
+    """optional: patterns of parameters that the weights may lack."""
     if weights.path is None:
         with seeded(seed):
             return make()
     weights.check_fits()
-    if adds or isinstance(weights.model.vision, ResNetShape):
+    if optional or isinstance(weights.model.vision, ResNetShape):
         with seeded(seed):
             visual = make()
     else:
@@ -98,9 +100,7 @@ def _with_weights(
         for name, tensor in weights.tensors.items()
         if name.startswith(prefix)
     }
-    kept = load_into(
-        visual, tensors, what=weights.source, optional=ADDED if adds else (), ignored=()
-    ).kept
+    kept = load_into(visual, tensors, what=weights.source, optional=optional, ignored=()).kept
     if kept:
         log.info("%s: %d tensors start untrained: %s, ...", weights.source, len(kept), kept[0])
     return visual
