@@ -114,8 +114,10 @@ def test_vitaclip_tower_is_joined_into_openai_names(sample: Open) -> None:
     assert torch.equal(tensors["visual.transformer.resblocks.2.attn.in_proj_weight"], joined)
     assert torch.equal(tensors["visual.conv1.bias"], source["visual.patch_embed.proj.bias"])
     assert torch.equal(tensors["token_embedding.weight"], source["textual.token_embedding.weight"])
-    name = "visual.blocks.1.summary_attn_layer.q_proj.weight"
-    assert torch.equal(tensors[name], source[name])
+    summary = "blocks.1.summary_attn_layer"
+    joined = torch.cat([source[f"visual.{summary}.{part}_proj.bias"] for part in "qkv"])
+    assert torch.equal(tensors[f"prompts.{summary}.in_proj_bias"], joined)
+    assert torch.equal(tensors["prompts.time_embed"], source["visual.time_embed"])
 
 
 def test_evl_optimiser_is_dropped_on_purpose(sample: Open) -> None:

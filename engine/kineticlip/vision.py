@@ -93,15 +93,16 @@ class VisionTransformer(nn.Module):
         sources: Sources | None = None,
         tap: Tap | None = None,
         offset: Tensor | None = None,
+        pool: int = 1,
     ) -> Tensor:
-        """pixels [M, 3, S, S], uint8 or float already normalised -> embeddings [M, E].
+        """pixels [M, 3, S, S], uint8 or float already normalised -> embeddings [M / pool, E].
 
         sources(block, x) gives extra keys and values for that block's attention (see
         transformer.Source); under checkpointing it is called again in the backward pass.
         tap(block, q, k, v, out) sees q, k, v [M, N, H, K], before scaling, with bias, and the
         block's output [M, N, D]. offset [M or 1, 1 or N, D] is added before ln_pre. Without a
-        tap the last block computes the class token alone, which is exact. With joint_frames
-        there are M / T rows of output, and of everything that the hooks see.
+        tap the last block computes the class token alone, which is exact. pool: the mean over so
+        many rows, taken before the projection (the same as after it). With joint_frames there are M / T rows of output, and of everything that the hooks see.
         """
         x = self.embed(pixels)  # [M, N, D]
         if offset is not None:
@@ -109,7 +110,9 @@ class VisionTransformer(nn.Module):
         _, x = self.ln_pre(self.embedding_drop_out(x))
         x = self.transformer(x, sources=sources, tap=tap, class_only=True)  # [M, 1 or N, D]
         _, x = self.ln_post(x[:, 0])  # [M, D]
-        embeddings: Tensor = x @ self.proj  # [M, E]
+        if pool > 1:
+            x = x.unflatten(0, (-1, pool)).mean(dim=1)  # [M / pool, D]
+        embeddings: Tensor = x @ self.proj  # [M / pool, E]
         return embeddings
 
     @property

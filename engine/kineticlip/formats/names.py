@@ -36,14 +36,19 @@ TEXT = (
 )
 # What Text4Vis adds inside the tower: tokent1d's convolution, joint attention's time embedding.
 TEXT4VIS_VISUAL = r"(?:time_embedding|transformer\.resblocks\.\d+\.control_point\.conv\.weight)"
-# A trunk whose attention projections are still apart (EVL, Vita-CLIP, Hugging Face).
-_SPLIT = re.compile(r"(.*transformer\.resblocks\.\d+\.attn)\.([qkv])_proj\.(weight|bias)")
-_FUSED = re.compile(r"(.*transformer\.resblocks\.\d+\.attn)\.in_proj_(weight|bias)")
+# What Vita-CLIP's prompts add to a block; X-CLIP's message token is its summary token.
+SUMMARY = rf"(?:(?:cls_proj|summary_ln)\.{AFFINE}|summary_attn_layer\.(?:[qkv]|out)_proj\.{AFFINE})"
+# Attentions whose projections are still apart (EVL, Vita-CLIP, Hugging Face).
+_ATTENTION = (
+    r"(.*transformer\.resblocks\.\d+\.attn|prompts\.blocks\.\d+\.summary_attn_layer)"
+)
+_SPLIT = re.compile(rf"{_ATTENTION}\.([qkv])_proj\.(weight|bias)")
+_FUSED = re.compile(rf"{_ATTENTION}\.in_proj_(weight|bias)")
 PATCH_BIAS = "visual.conv1.bias"
 
 
 def fuse_projections(tensors: Tensors) -> Tensors:
-    """`attn.{q,k,v}_proj` of every CLIP block -> `attn.in_proj`; a missing third stays visible."""
+    """`attn.{q,k,v}_proj` of every block -> `attn.in_proj`; a missing third stays visible."""
     fused: Tensors = {}
     for name, tensor in tensors.items():
         match = _SPLIT.fullmatch(name)

@@ -14,7 +14,15 @@ from typing import Any
 from kineticlip.errors import UserError
 from kineticlip.formats import names
 from kineticlip.formats.container import Contents, Tensors
-from kineticlip.formats.names import AFFINE, BLOCK, BLOCKS, TEXT, TEXT4VIS_VISUAL, VISUAL
+from kineticlip.formats.names import (
+    AFFINE,
+    BLOCK,
+    BLOCKS,
+    SUMMARY,
+    TEXT,
+    TEXT4VIS_VISUAL,
+    VISUAL,
+)
 
 OWN_FORMAT = "kineticlip"
 Rule = tuple[str, "str | None"]  # regular expression of a whole name -> new name; None: dropped
@@ -91,7 +99,7 @@ def _evl_tower(prefix: str) -> tuple[Rule, ...]:
 
 
 def _hugging_face_blocks(tower: str, root: str) -> tuple[Rule, ...]:
-    source = rf"{tower}_model\.encoder\.layers\.(\d+)\."
+    source = rf"{tower}\.encoder\.layers\.(\d+)\."
     target = rf"{root}transformer.resblocks.\1."
     return (
         (rf"{source}self_attn\.((?:[qkv]|out)_proj\.{AFFINE})", rf"{target}attn.\2"),
@@ -115,8 +123,8 @@ HUGGING_FACE_CLIP: tuple[Rule, ...] = (
     (r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
     (rf"text_model\.final_layer_norm\.({AFFINE})", r"ln_final.\1"),
     (r"text_projection\.weight", "text_projection"),  # transposed by the finish
-    *_hugging_face_blocks("vision", "visual."),
-    *_hugging_face_blocks("text", ""),
+    *_hugging_face_blocks("vision_model", "visual."),
+    *_hugging_face_blocks("text_model", ""),
 )
 
 
@@ -265,12 +273,10 @@ FORMATS: tuple[Format, ...] = (
         ),
         rename=(
             *_evl_tower(r"(?:model\.)?visual\."),
-            (r"(?:model\.)?(visual\.(?:time_embed|global_prompts))", r"\1"),
+            (r"(?:model\.)?visual\.(time_embed|global_prompts)", r"prompts.\1"),
             (
-                r"(?:model\.)?(visual\.blocks\.\d+\.(?:local_prompts"
-                rf"|summary_attn_layer\.(?:[qkv]|out)_proj\.{AFFINE}"
-                rf"|(?:summary_ln|cls_proj)\.{AFFINE}))",
-                r"\1",
+                rf"(?:model\.)?visual\.(blocks\.\d+\.(?:local_prompts|{SUMMARY}))",
+                r"prompts.\1",
             ),
             (rf"(?:model\.)?textual\.({TEXT})", r"\1"),
             (r"(?:model\.)?(prompt_learner\.(?:ctx|token_prefix|token_suffix))", r"\1"),
@@ -294,18 +300,19 @@ FORMATS: tuple[Format, ...] = (
         detect=having(r"vision_model\.embeddings\.", r"mit\.encoder\."),
         rename=(
             *HUGGING_FACE_CLIP,
-            (rf"(vision_model\.encoder\.layers\.\d+\.message_(?:fc|ln)\.{AFFINE})", r"\1"),
-            (
-                r"(vision_model\.encoder\.layers\.\d+"
-                rf"\.message_attn\.(?:[qkv]|out)_proj\.{AFFINE})",
-                r"\1",
+            *(
+                (
+                    rf"vision_model\.encoder\.layers\.(\d+)\.{theirs}\.((?:.+_proj\.)?{AFFINE})",
+                    rf"prompts.blocks.\1.{ours}.\2",
+                )
+                for theirs, ours in (
+                    ("message_fc", "cls_proj"),
+                    ("message_ln", "summary_ln"),
+                    ("message_attn", "summary_attn_layer"),
+                )
             ),
             (r"(mit\.position_embedding)", r"\1"),
-            (
-                r"(mit\.encoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj"
-                rf"|layer_norm[12]|mlp\.fc[12])\.{AFFINE})",
-                r"\1",
-            ),
+            *_hugging_face_blocks("mit", "mit."),
             (rf"(prompts_visual_layernorm\.{AFFINE}|prompts_visual_projection)", r"\1"),
             (
                 rf"(prompts_generator\.(?:layernorm\.{AFFINE}|decoder\.\d+\.(?:gamma|alpha"

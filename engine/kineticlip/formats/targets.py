@@ -47,11 +47,8 @@ class Target:
 _FUSION = rf"fusion_model\.(?:{BLOCKS}|frame_position_embeddings\.weight)"
 _SENTENCE = rf"fusion_model\.(?:sentence|query)_fc\.[02]\.{AFFINE}"
 _EVL = r"decoder\..+|proj\.[02]\..+"
-_VITA = (
-    r"visual\.(?:time_embed|global_prompts|blocks\.\d+\.(?:local_prompts|summary_.+|cls_proj.+))"
-    r"|prompt_learner\..+"
-)
-_XCLIP = r"vision_model\.encoder\.layers\.\d+\.message_.+|mit\..+|prompts_.+"
+_VITA = r"prompts\..+|prompt_learner\..+"  # X-CLIP's message tokens are `prompts` too
+_XCLIP = r"mit\..+|prompts_.+"
 _TEXT_SIDE = TEXT
 _CLIP_NAMES: tuple[Rule, ...] = ((rf"(visual\.{VISUAL}|{TEXT}|logit_scale)", r"\1"),)
 _NO_METHOD: tuple[Rule, ...] = (
@@ -96,7 +93,17 @@ def _evl_tower(tensors: Tensors, metadata: Metadata) -> Tensors:
 
 
 def _vita_tower(tensors: Tensors, metadata: Metadata) -> Tensors:
-    return add_patch_bias(split_projections(tensors, tower="visual."))
+    split = split_projections(split_projections(tensors, tower="visual."), tower="prompts.")
+    tensors = add_patch_bias(split)
+    tokens, context = (tensors.get(f"prompt_learner.{name}") for name in ("tokens", "ctx"))
+    embedding = tensors.get("token_embedding.weight")
+    if tokens is None or context is None or embedding is None:
+        return tensors
+    # We keep token numbers, the official code their embeddings, the context's left out.
+    embedded = embedding[tokens]  # [C, 77, W]
+    tensors["prompt_learner.token_prefix"] = embedded[:, :1].clone()
+    tensors["prompt_learner.token_suffix"] = embedded[:, 1 + context.shape[-2] :].clone()
+    return tensors
 
 
 def _official_tower(root: str) -> tuple[Rule, ...]:
@@ -208,7 +215,9 @@ TARGETS: dict[str, Target] = {
             rename=(
                 *_official_tower("visual."),
                 (rf"visual\.(ln_post\.{AFFINE}|proj)", r"visual.\1"),
-                (rf"({_VITA})", r"\1"),
+                (r"prompts\.(.+)", r"visual.\1"),
+                (r"prompt_learner\.tokens", None),
+                (r"(prompt_learner\..+)", r"\1"),
                 (rf"({TEXT})", r"textual.\1"),
                 (r"(logit_scale)", r"\1"),
                 (rf"fusion_model\..+|{_EVL}|{_XCLIP}|visual\.{TEXT4VIS_VISUAL}", None),
