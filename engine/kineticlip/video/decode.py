@@ -13,6 +13,7 @@ from kineticlip.video import torchcodec
 from kineticlip.video.cache import ProbeCache
 from kineticlip.video.container import Unsuitable, VideoError
 from kineticlip.video.folder import TEMPLATE, image_size, list_frames, read_folder
+from kineticlip.video.packets import Table
 from kineticlip.video.pictures import Frames
 from kineticlip.video.probe import Probe, Scan, scan
 from kineticlip.video.pyav import read_by_packets, read_in_sequence
@@ -41,6 +42,11 @@ class VideoSource:
     @property
     def path(self) -> str:
         return self.probe.path
+
+    @property
+    def table(self) -> Table | None:
+        """The packet table, where opening the file made one."""
+        return self._scan.table
 
     @property
     def num_frames(self) -> int:
@@ -141,6 +147,7 @@ def _open_folder(path: str | Path, template: str) -> VideoSource:
         container="folder",
         codec=files[0].suffix.lstrip(".").lower(),
         pixel_format="rgb24",
+        color_matrix="rgb",
         stream=0,
         width=width,
         height=height,

@@ -25,6 +25,8 @@ from kineticlip.video.pictures import Orientation, orientation_of, stored_bytes
 KEPT_BYTES = 64 << 20
 
 
+# Values of AVColorSpace (ITU-T H.273, table 4). FFmpeg converts untagged pictures by BT.601.
+MATRICES = {0: "rgb", 1: "bt709", 2: "untagged", 5: "bt601", 6: "bt601", 9: "bt2020"}
 # (degrees counter-clockwise, mirrored left to right afterwards) -> the same as an orientation.
 TURNS = {
     (degrees, mirrored): Orientation(
@@ -41,10 +43,11 @@ TURNS = {
 class Probe:
     """Facts about one file; plain values, so it can be stored as JSON.
 
-    width, height: upright. rotation: degrees to turn counter-clockwise (FFmpeg's sign: -90, 0, 90
-    or 180); mirrored: and then left to right. num_frames: pictures that a sequential decode hands
-    out, never the container's claim (declared_frames, 0 where it makes none). counted: how that was
-    found. in_time_order: whether time stamps increase in output order.
+    color_matrix: of YUV to RGB, as the pictures are tagged. width, height: upright. rotation:
+    degrees to turn counter-clockwise (FFmpeg's sign: -90, 0, 90 or 180); mirrored: and then left to
+    right. num_frames: pictures that a sequential decode hands out, never the container's claim
+    (declared_frames, 0 where it makes none). counted: how that was found. in_time_order: whether
+    time stamps increase in output order.
     why_in_sequence: why frames cannot be picked by packets; "" where they can. keyframes: closed
     groups of pictures, or key frames where in sequence. duration: seconds.
     """
@@ -53,6 +56,7 @@ class Probe:
     container: str
     codec: str
     pixel_format: str
+    color_matrix: str
     stream: int
     width: int
     height: int
@@ -212,6 +216,7 @@ def _describe(
         "container": container.format.name,
         "codec": stream.codec.canonical_name,
         "pixel_format": first.format.name,
+        "color_matrix": MATRICES.get(int(first.colorspace), str(int(first.colorspace))),
         "stream": stream.index,
         "width": width,
         "height": height,

@@ -82,7 +82,7 @@ def decode_trimmed(trimmed: Trimmed, *, device: str) -> Any:
         if isinstance(error, Unsuitable):
             raise
         raise Unsuitable(f"torchcodec: {str(error).splitlines()[0][:200]}") from None
-    ticks = np.rint(batch.pts_seconds.numpy() / float(TICK)).astype(np.int64)
+    ticks = np.rint(batch.pts_seconds.cpu().numpy() / float(TICK)).astype(np.int64)
     if not np.array_equal(ticks - ticks[0], np.array(trimmed.positions) - trimmed.positions[0]):
         raise Unsuitable("torchcodec returned pictures of other times than asked for")
     return batch.data
