@@ -137,6 +137,7 @@ class OptimConfig:
     warmup_epochs: float = 5.0
     milestones: tuple[float, ...] = ()  # epochs, for multistep
     official_updates: bool = False  # the official code's steps: lr set every tenth iteration
+    rate_at: Literal["middle", "start"] = "middle"  # the point of a step that gives it its lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,7 @@ class TrainConfig:
     """The training loop: length, batch, precision, ZeRO, what is written and when."""
 
     epochs: float = 30.0
+    steps: int = 0  # optimiser steps, in place of epochs; 0: epochs
     batch_size: int = 256  # global: clips per optimiser step
     micro_batch_size: int = 8  # clips per process and forward
     precision: Precision = "bf16"

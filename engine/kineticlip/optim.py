@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kineticlip.config import OptimConfig
+from kineticlip.config import OptimConfig, TrainConfig
 from kineticlip.errors import UserError
 
 GAMMA = 0.1  # the multistep schedule's factor at each milestone
@@ -58,12 +58,18 @@ def rate_factor(epoch: float, config: OptimConfig, *, epochs: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def epochs_of(train: TrainConfig, *, epoch_length: int, accumulation: int) -> float:
+    """The length of a run in epochs, also where train.steps gives it in optimiser steps."""
+    return train.steps * accumulation / epoch_length if train.steps else train.epochs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timetable:
     """Which micro-batches end in an optimiser step, and at what point of the schedule.
 
     Clean: the stream of micro-batches runs through the epochs, every `accumulation` of them make
-    a step, and the rate is that of the step's middle, so neither the first nor the last is lost.
+    a step, and the rate is that of the step's middle, so neither the first nor the last is lost;
+    at_start takes that of its start, as EVL's code does, without a warm-up from 0.
     Official: steps are counted from the start of each epoch; what is left at its end is neither
     stepped nor cleared and joins the next epoch's first step; the rate is set at the first and at
     every tenth iteration of an epoch and held in between, so the run's first nine are at 0.
@@ -73,6 +79,7 @@ class Timetable:
     accumulation: int
     epochs: float
     official: bool = False
+    at_start: bool = False
 
     def __post_init__(self) -> None:
         if self.epoch_length < 1:
@@ -117,7 +124,8 @@ class Timetable:
         """The epoch fraction that gives the learning rate in force at a position."""
         if not self.official:
             first = position - position % self.accumulation
-            return (first + self.accumulation / 2) / self.epoch_length
+            within = 0.0 if self.at_start else self.accumulation / 2
+            return (first + within) / self.epoch_length
         epoch, within = divmod(position, self.epoch_length)
         tens = (within + 1) // OFFICIAL_INTERVAL * OFFICIAL_INTERVAL
         return epoch + max(tens - 1, 0) / self.epoch_length
