@@ -61,6 +61,7 @@ class VideoList:
     min_frames: int = 0
     short: tuple[str, ...] = ()  # names of entries with fewer frames than min_frames
     empty: tuple[str, ...] = ()  # names of entries without a frame
+    lines: tuple[int, ...] = ()  # where read_list found each entry, counted from 1
 
     def summary(self) -> str:
         """One line for the log: how many entries, how many left out and why."""
@@ -93,7 +94,7 @@ def read_list(
     """
     text, digest = _read_text(path, "list")
     rows, parse = _format_of(text, rate)
-    entries, short, empty = [], [], []
+    entries, short, empty, lines = [], [], [], []
     for number, row in rows:
         try:
             entry = parse(row)
@@ -109,6 +110,7 @@ def read_list(
             short.append(entry.name)
         else:
             entries.append(replace(entry, path=os.path.join(root, entry.path)) if root else entry)
+            lines.append(number)
     if not entries and not short and not empty:
         raise UserError(f"{path}: the list is empty")
     return VideoList(
@@ -118,6 +120,7 @@ def read_list(
         min_frames=min_frames,
         short=tuple(short),
         empty=tuple(empty),
+        lines=tuple(lines),
     )
 
 
