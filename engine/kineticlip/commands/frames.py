@@ -77,7 +77,7 @@ def _summary(source: VideoSource, out: str | None, written: int) -> str:
     rate = "variable rate, " if facts.variable_rate else ""
     lines = [
         f"{source.path}: {facts.num_frames} frames of {facts.width} x {facts.height}{turned}",
-        f"  {facts.codec} {facts.pixel_format} in {facts.container}, {rate}"
+        f"  {facts.codec} {facts.pixel_format} ({facts.color_matrix}) in {facts.container}, {rate}"
         f"{facts.frame_rate:g} frames/s, {facts.duration:g} s, {facts.keyframes} key frames",
         f"  counted by {facts.counted}, read by {source.decoder}",
         *(f"  {note}" for note in source.notes),
