@@ -23,7 +23,8 @@ LAYERS = (
     {"checkpoint"},
     {"methods"},
     {"metrics", "results", "optim", "deepspeed_config"},
-    {"train", "train_log", "evaluate", "predictor", "features", "demo"},
+    {"train", "train_log", "validation", "launch", "evaluate", "predictor", "features", "demo"}
+    | {"attributes"},
     {"report", "report_data", "figures", "parity"},
     {"commands"},
     {"cli", "__main__"},

@@ -29,6 +29,7 @@ def test_tokens_of_the_official_code() -> None:
     assert tokenize(TOKENS["stress"]).tolist() == TOKENS["stress_tokens"]
     with pytest.raises(UserError, match="at most 77"):
         tokenize([TOKENS["long_text"]])
+    assert tokenize([TOKENS["long_text"]], truncate=True).tolist() == TOKENS["long_truncated"]
 
 
 def test_features_of_the_official_code() -> None:
@@ -128,7 +129,7 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
         },
     }
     weights = Weights(architecture("ViT-B-16"), "some.pt", tmp_path)
-    weights.__dict__["tensors"] = state
+    weights.__dict__["contents"] = state
     with pytest.raises(UserError, match=r"some.pt: weights of ViT-B-32, not of ViT-B-16"):
         weights.check_fits()
 

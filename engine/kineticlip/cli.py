@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "rank class names for one video",
     "eval": "score a list of videos with several views each",
     "train": "train under DeepSpeed, resuming where the last checkpoint stands",
+    "attributes": "train BIKE's second branch on class names, and fuse both branches",
     "classifier": "build a classifier file from text, random rows, LDA or a language model",
     "info": "count the parameters and multiply-adds of a configuration",
     "convert": "rewrite a checkpoint of one code base for another",

@@ -72,10 +72,13 @@ def tokenizer(context: int = 77) -> SimpleTokenizer:
     return SimpleTokenizer(context_length=context)
 
 
-def tokenize(prompts: Sequence[str], context: int = 77) -> Tensor:
-    """int64 [C, context]: start, the text's tokens, end, zeros. UserError where one is too long."""
+def tokenize(prompts: Sequence[str], context: int = 77, *, truncate: bool = False) -> Tensor:
+    """int64 [C, context]: start, the text's tokens, end, zeros.
+
+    UserError where one is too long, or with `truncate` only as much of it as fits.
+    """
     bpe = tokenizer(context)
-    for prompt in prompts:
+    for prompt in () if truncate else prompts:
         length = len(bpe.encode(prompt)) + 2
         if length > context:
             raise UserError(f"prompt of {length} tokens, at most {context}: {prompt!r}")
@@ -113,11 +116,19 @@ def encode_tokens(tower: Any, embedded: Tensor) -> Tensor:
     return out
 
 
-def text_features(weights: Weights, prompts: Sequence[str], *, seed: int = 0) -> Tensor:
+def text_features(
+    weights: Weights,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    truncate: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Features of prompts in float32, not normalised: [C, E]. Computed once, then read from disk.
 
-    The file's name is a hash of the weights' bytes, the tower's shape, every prompt and
-    open_clip's version, so nothing stale can be found. Random weights are not kept.
+    seed: of random weights. truncate: as in `tokenize`. device: where the tower runs; the result
+    is on the CPU. The file's name is a hash of the weights' bytes, the tower's shape, every
+    prompt and open_clip's version, so nothing stale can be found. Random weights are not kept.
     """
     shape = weights.model.text
     path = _cache_path(weights, prompts) if weights.path is not None else None
@@ -125,10 +136,12 @@ def text_features(weights: Weights, prompts: Sequence[str], *, seed: int = 0) ->
         kept = _read_cached(path)
         if kept is not None:
             return kept
-    tower = text_tower(shape, weights.clip if weights.path is not None else None, seed=seed)
-    tokens = tokenize(prompts, shape.context)
+    tokens = tokenize(prompts, shape.context, truncate=truncate)
+    state = weights.clip if weights.path is not None else None
+    tower = text_tower(shape, state, seed=seed).to(device)
     with torch.inference_mode():
-        features = torch.cat([encode_text(tower, rows) for rows in tokens.split(BATCH)])
+        batches = tokens.split(BATCH)
+        features = torch.cat([encode_text(tower, rows.to(device)).cpu() for rows in batches])
     features = features.clone()  # out of inference mode
     if path is not None:
         _write_cached(path, features)
