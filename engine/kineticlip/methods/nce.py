@@ -35,10 +35,11 @@ def matching_loss(logits: Tensor, labels: Tensor, *, dual: bool = False) -> Tens
     are weighted first by their softmax over the other side (the official DualLoss).
     """
     same = (labels[:, None] == labels[None, :]).to(logits.dtype)
-    return (_divergence(logits, same, dual=dual) + _divergence(logits.T, same, dual=dual)) / 2
+    return (divergence(logits, same, dual=dual) + divergence(logits.T, same, dual=dual)) / 2
 
 
-def _divergence(logits: Tensor, same: Tensor, *, dual: bool) -> Tensor:
+def divergence(logits: Tensor, same: Tensor, *, dual: bool) -> Tensor:
+    """One direction: KL of the rows of logits [N, N] from softmax(10 G), G = `same` [N, N]."""
     if dual:
         logits = logits * (logits / 1000).softmax(dim=0) * len(logits)
     target = (TARGET_SCALE * same).softmax(dim=1)

@@ -1,0 +1,70 @@
+"""Text4Vis and BIKE: every recorded file, replayed through the engine's public path.
+
+Sizes, cases, runs and seeds are read from the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from kineticlip.parity.check import Check
+from kineticlip.parity.text4vis_data import (
+    augmentation_checks,
+    bike_sampler_checks,
+    crop_checks,
+    few_shot_checks,
+    sampler_checks,
+    token_checks,
+)
+from kineticlip.parity.text4vis_files import Golden
+from kineticlip.parity.text4vis_metrics import map_checks, multilabel_checks, zero_shot_checks
+from kineticlip.parity.text4vis_models import (
+    cases,
+    checkpoint_checks,
+    header_checks,
+    model_checks,
+    rounding_checks,
+    text_checks,
+)
+from kineticlip.parity.text4vis_nce import nce_checks
+from kineticlip.parity.text4vis_training import loop_checks, rate_checks
+from kineticlip.parity.text4vis_views import multiview_checks
+
+Part = Callable[[Golden], Iterator[Check]]
+
+PARTS: dict[str, Part] = {
+    "text": text_checks,
+    "header": header_checks,
+    "rounding": rounding_checks,
+    "multiview": multiview_checks,
+    "sampler": sampler_checks,
+    "bike_sampler": bike_sampler_checks,
+    "crops": crop_checks,
+    "augmentation": augmentation_checks,
+    "zeroshot": zero_shot_checks,
+    "map": map_checks,
+    "map_multilabel": multilabel_checks,
+    "tokens": token_checks,
+    "fewshot": few_shot_checks,
+    "rates": rate_checks,
+    "nce": nce_checks,
+    "train": loop_checks,
+}
+
+
+def parts(golden: Golden) -> dict[str, Part]:
+    """What there is to replay in a folder, by name: its model cases, then PARTS."""
+    every: dict[str, Part] = {}
+    for case in cases(golden):
+        every[case] = partial(model_checks, case=case)
+        every[f"checkpoint/{case}"] = partial(checkpoint_checks, case=case)
+    return every | PARTS
+
+
+def checks(folder: Path) -> Iterator[Check]:
+    """Every comparison over a folder of recorded outputs, in order, as it is made."""
+    golden = Golden(folder)
+    for part in parts(golden).values():
+        yield from part(golden)
