@@ -2,7 +2,8 @@
 
 A table maps a kernel to a list of rows. A row may carry conditions `max_<name>` on the sizes the
 kernel passes to `blocks`; the first row all of whose conditions hold is taken, and its other
-values are the kernel's meta-parameters. `kineticlip bench --tune` measures the alternatives.
+values are the kernel's meta-parameters. "status" says where the numbers of a table come from.
+`kineticlip bench --tune` measures the alternatives.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def tables() -> tuple[str, ...]:
 def read_table(name: str) -> dict[str, list[dict[str, int]]]:
     """One table: kernel -> rows. Kernels that a device's table leaves out are the default's."""
     table: dict[str, list[dict[str, int]]] = json.loads((CONFIGS / f"{name}.json").read_text())
+    table.pop("status", None)
     return table if name in ("default", "interpreter") else read_table("default") | table
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kineticlip_kernels.attention_triton import attention_triton
+from kineticlip_kernels.class_attention_triton import class_attention_triton
 from kineticlip_kernels.mlp_triton import bias_quick_gelu_triton, linear_quick_gelu_triton
 from kineticlip_kernels.norm_triton import add_layer_norm_triton, layer_norm_triton
 
@@ -46,6 +48,22 @@ def linear() -> None:
     both_ways(linear_quick_gelu_triton(x, weight, b), x, weight, b)
 
 
+def attend(width: int, *sources: tuple[int, int]) -> None:
+    qkv = meta(8, 577, 3, 1024 // width, width)
+    pairs = [
+        (meta(m, n, 1024 // width, width), meta(m, n, 1024 // width, width)) for m, n in sources
+    ]
+    flat = [tensor for pair in pairs for tensor in pair]
+    both_ways(attention_triton(qkv, sources=pairs), qkv, *flat)
+
+
+def attend_class(*sources: tuple[int, int]) -> None:
+    x, weight, b = meta(8, 577, 1024), meta(3072, 1024), meta(3072)
+    tokens = [meta(m, n, 1024) for m, n in sources]
+    out = class_attention_triton(x, weight, b, heads=16, sources=tokens)
+    both_ways(out, x, weight, b, *tokens)
+
+
 CASES = {
     "layer_norm 1024": norm,
     "add_layer_norm 1024": lambda: add_norm(1024),
@@ -55,6 +73,11 @@ CASES = {
     "bias_quick_gelu": bias,
     "bias_quick_gelu fp32": lambda: bias(FP32),
     "linear_quick_gelu": linear,
+    "attention 64": lambda: attend(64),
+    "attention 64, two sources": lambda: attend(64, (1, 8), (4, 24)),
+    "class_attention": attend_class,
+    "class_attention, two sources": lambda: attend_class((1, 8), (4, 24)),
+    "attention 128": lambda: attend(128),
 }
 
 KINDS = {
@@ -63,4 +86,10 @@ KINDS = {
     "mlp_triton._activate": "memory",
     "mlp_triton._activate_backward": "memory",
     "mlp_triton._linear": "matrix",
+    "class_attention_triton._forward": "memory",
+    "class_attention_triton._backward": "memory",
+    "attention_triton._forward": "matrix",
+    "attention_backward_triton._delta": "memory",
+    "attention_backward_triton._backward_keys": "matrix",
+    "attention_backward_triton._backward_queries": "matrix",
 }

@@ -1,0 +1,109 @@
+"""The class token's attention with absorbed projections: exact, and the Triton face equal to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_rig import BF16, DEVICE, DTYPES, FP32, check, randn
+from torch import Tensor
+
+from kineticlip_kernels.attention import (
+    attention_reference,
+    class_attention,
+    class_attention_reference,
+)
+from kineticlip_kernels.dispatch import UnsupportedInput
+
+THREE = ((1, 3), (2, 18), (4, 5))
+
+
+def operands(
+    images: int,
+    tokens: int,
+    heads: int,
+    width: int,
+    sources: Sequence[tuple[int, int]] = (),
+    dtype: torch.dtype = FP32,
+) -> dict[str, Any]:
+    tokens_of = [
+        randn(rows, n, width, dtype=dtype, seed=3 + i) for i, (rows, n) in enumerate(sources)
+    ]
+    return {
+        "x": randn(images, tokens, width, dtype=dtype),
+        "weight": randn(3 * width, width, dtype=dtype, seed=1, scale=width**-0.5),
+        "bias": randn(3 * width, dtype=dtype, seed=2),
+        "heads": heads,
+        "sources": tokens_of,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("images", "tokens", "heads", "width", "sources"),
+    [(2, 17, 2, 16, ()), (1, 1, 3, 24, ()), (4, 33, 2, 32, THREE), (0, 5, 1, 8, ())],
+)
+def test_triton(
+    images: int,
+    tokens: int,
+    heads: int,
+    width: int,
+    sources: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+) -> None:
+    inputs = operands(images, tokens, heads, width, sources, dtype)
+    face = partial(class_attention, impl="triton")
+    if dtype == FP32 and DEVICE == "cuda":
+        with pytest.raises(UnsupportedInput, match="x is fp32"):
+            face(**inputs)
+        return
+    check(class_attention_reference, face, **inputs)
+
+
+def test_frozen_sources_and_projection() -> None:
+    inputs = operands(4, 9, 2, 16, ((2, 3),), BF16)
+    for tensor in (inputs["weight"], inputs["bias"], inputs["sources"][0]):
+        tensor.requires_grad_(False)
+    check(class_attention_reference, partial(class_attention, impl="triton"), **inputs)
+
+
+def projected(x: Tensor, weight: Tensor, bias: Tensor, heads: int, *sources: Tensor) -> Tensor:
+    """Row 0 of the attention with keys and values projected, as CLIP computes it."""
+    sets = [F.linear(y, weight, bias).unflatten(2, (3, heads, -1)) for y in (x, *sources)]
+    pairs = [(kv[:, :, 1], kv[:, :, 2]) for kv in sets[1:]]
+    return attention_reference(sets[0], sources=pairs)[:, 0]
+
+
+def test_absorbed_projections_change_nothing() -> None:
+    """Outputs and every gradient, in float64, against the projected form."""
+    inputs = operands(4, 7, 2, 8, THREE, torch.float64)
+    sources = inputs.pop("sources")
+    absorbed = class_attention_reference(**inputs, sources=sources)
+    full = projected(*inputs.values(), *sources)
+    torch.testing.assert_close(absorbed, full, rtol=1e-12, atol=1e-12)
+    leaves = [inputs["x"], inputs["weight"], *sources]
+    grad = torch.randn_like(full)
+    for one, other in zip(
+        torch.autograd.grad(absorbed, leaves, grad),
+        torch.autograd.grad(full, leaves, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_key_bias_has_no_gradient() -> None:
+    """It adds the same to every score of a head."""
+    inputs = operands(2, 5, 2, 8)
+    (grad,) = torch.autograd.grad(class_attention(**inputs).square().sum(), [inputs["bias"]])
+    assert torch.equal(grad[8:16], torch.zeros_like(grad[8:16]))
+    assert grad[:8].abs().min() > 0
+
+
+def test_sources_must_fit() -> None:
+    inputs = operands(3, 5, 2, 8) | {"sources": [torch.zeros(2, 4, 8)]}
+    with pytest.raises(UnsupportedInput, match="source 0 is"):
+        class_attention(**inputs)
