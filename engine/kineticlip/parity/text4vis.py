@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from kineticlip.parity.check import Check
+from kineticlip.parity.text4vis_bike import bike_checks
 from kineticlip.parity.text4vis_data import (
     augmentation_checks,
     bike_sampler_checks,
@@ -38,6 +39,7 @@ PARTS: dict[str, Part] = {
     "text": text_checks,
     "header": header_checks,
     "rounding": rounding_checks,
+    "bike": bike_checks,
     "multiview": multiview_checks,
     "sampler": sampler_checks,
     "bike_sampler": bike_sampler_checks,
