@@ -102,7 +102,8 @@ class VisionTransformer(nn.Module):
         tap(block, q, k, v, out) sees q, k, v [M, N, H, K], before scaling, with bias, and the
         block's output [M, N, D]. offset [M or 1, 1 or N, D] is added before ln_pre. Without a
         tap the last block computes the class token alone, which is exact. pool: the mean over so
-        many rows, taken before the projection (the same as after it). With joint_frames there are M / T rows of output, and of everything that the hooks see.
+        many rows, taken before the projection (the same as after it). With joint_frames there
+        are M / T rows of output, and of everything that the hooks see.
         """
         x = self.embed(pixels)  # [M, N, D]
         if offset is not None:
