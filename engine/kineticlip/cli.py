@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "render clips, train, evaluate and report: the whole path in minutes",
     "parity": "replay recorded outputs of an official code and compare",
     "frames": "write chosen frames of a video, by number",
+    "prepare": "check the videos of a data set, and write smaller copies of them",
 }
 
 

@@ -1,0 +1,162 @@
+"""`kineticlip prepare SOURCE`: which videos can be read, what they are, and smaller copies."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kineticlip.errors import UserError
+
+if TYPE_CHECKING:
+    from kineticlip.prepare import Checked, Source
+
+T = TypeVar("T")
+SHOWN = 20  # unreadable videos printed; all of them go to --bad and --json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a list of videos, or a folder of them")
+    parser.add_argument("--root", default="", metavar="DIR", help="goes before the list's paths")
+    parser.add_argument("--good", metavar="FILE", help="write the list without unreadable videos")
+    parser.add_argument("--bad", metavar="FILE", help="write the unreadable ones with reasons")
+    parser.add_argument("--classes", metavar="FILE", help="write a folder's class names, in order")
+    parser.add_argument(
+        "--quick", action="store_true", help="read packets and one picture, do not decode it all"
+    )
+    parser.add_argument(
+        "--reencode",
+        metavar="DIR",
+        help="write H.264 copies with short groups, which decode faster; --good lists them",
+    )
+    parser.add_argument(
+        "--frames", metavar="DIR", help="write folders of JPEG files; --good lists them"
+    )
+    parser.add_argument(
+        "--side", type=int, default=336, metavar="N", help="short side of the copies; 0 keeps it"
+    )
+    parser.add_argument("--cache", metavar="FILE", help="remember the probes for later runs")
+    parser.add_argument(
+        "--frame-template", default="img_{:05d}.jpg", metavar="NAME", help="of image folders"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="default: one a core")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    from kineticlip import prepare
+
+    _check_arguments(args)
+    workers = args.workers or os.cpu_count() or 1
+    folder = args.reencode or args.frames
+    source = prepare.find_videos(args.source, args.root)
+    with _cache(args.cache) as cache:
+        results = prepare.check(
+            source.entries,
+            workers=workers,
+            decode=not args.quick and folder is None,  # rewriting decodes it all anyway
+            frame_template=args.frame_template,
+            cache=cache,
+        )
+        checked = list(_progress(results, len(source.entries), "checked"))
+    if folder is not None:
+        good = [item for item in checked if not item.reason]
+        made = prepare.convert(
+            good, Path(folder), frames=bool(args.frames), side=args.side, workers=workers
+        )
+        converted = iter(list(_progress(made, len(good), "written")))
+        checked = [item if item.reason else next(converted) for item in checked]
+    _write_lists(args, source, checked, folder is not None)
+    summary = prepare.summarise(checked)
+    if args.json:
+        print(json.dumps({**summary, "items": _rows(checked)}))
+    else:
+        print(_table(summary, checked))
+    return 1 if summary["unreadable"] else 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.reencode is not None and args.frames is not None:
+        raise UserError("--reencode and --frames: choose one")
+    if args.side < 0 or args.side % 2:
+        raise UserError(f"--side: expected an even number of pixels, or 0, got {args.side}")
+    if args.workers < 0:
+        raise UserError(f"--workers: expected 1 or more, got {args.workers}")
+    if args.classes is not None and not Path(args.source).is_dir():
+        raise UserError("--classes: only a folder with one subfolder a class has class names")
+
+
+def _cache(path: str | None) -> contextlib.AbstractContextManager[Any]:
+    from kineticlip.video import ProbeCache
+
+    return ProbeCache(path) if path is not None else contextlib.nullcontext()
+
+
+def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    from tqdm import tqdm
+
+    bar = tqdm(items, total=total, desc=what, unit="video", file=sys.stderr, disable=None)
+    yield from bar
+
+
+def _write_lists(
+    args: argparse.Namespace, source: Source, checked: list[Checked], converted: bool
+) -> None:
+    from kineticlip import prepare
+
+    if args.classes is not None:
+        if not source.classes:
+            raise UserError(f"--classes: not every video of {args.source} is in a class's folder")
+        prepare.write_text(args.classes, "".join(f"{name}\n" for name in source.classes))
+    if args.good is not None:
+        if converted:
+            text = prepare.plain_list(item.entry for item in checked if not item.reason)
+        else:
+            text = prepare.without_bad_lines(source, checked)
+        prepare.write_text(args.good, text)
+    if args.bad is not None:
+        prepare.write_text(args.bad, prepare.bad_list(checked))
+
+
+def _rows(checked: list[Checked]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": item.entry.name,
+            "label": item.entry.label,
+            "reason": item.reason,
+            "damaged": item.damaged,
+            "probe": dataclasses.asdict(item.probe) if item.probe is not None else None,
+        }
+        for item in checked
+    ]
+
+
+def _table(summary: dict[str, Any], checked: list[Checked]) -> str:
+    lines = [f"{summary['videos']} videos, {summary['unreadable']} unreadable"]
+    lines += [f"  {count:>8}  {kind}" for kind, count in summary["kinds"].items()]
+    sizes = ", ".join(f"{size} ({count})" for size, count in summary["sizes"].items())
+    frames = summary["frames"]
+    if frames:
+        lines.append(f"sizes: {sizes}")
+        lines.append(f"frames: {frames[0]} to {frames[2]}, half have {frames[1]} or more")
+    for key in (
+        "variable_rate",
+        "turned",
+        "read_in_sequence",
+        "time_stamps_out_of_order",
+        "damaged",
+    ):
+        if summary[key]:
+            lines.append(f"{key.replace('_', ' ')}: {summary[key]}")
+    bad = [f"  {item.entry.name}: {item.reason}" for item in checked if item.reason]
+    if bad:
+        lines += ["unreadable:", *bad[:SHOWN]]
+    if len(bad) > SHOWN:
+        lines.append(f"  and {len(bad) - SHOWN} more (--bad FILE lists all)")
+    return "\n".join(lines)
