@@ -155,7 +155,8 @@ def convert(
         except VideoError as error:
             return error.reason
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="kineticlip-convert") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="kineticlip-convert")
+    try:
         jobs = {path: pool.submit(one, path) for path in targets}
         for item in good:
             written = jobs[item.entry.path].result()
@@ -166,6 +167,8 @@ def convert(
             count = written if frames else item.entry.num_frames
             entry = replace(item.entry, name=str(name), path=str(folder / name), num_frames=count)
             yield replace(item, entry=entry)
+    finally:  # a full disk or an interrupt ends it here, not after all the others
+        pool.shutdown(cancel_futures=True)
 
 
 def _target(name: str, frames: bool) -> Path:
