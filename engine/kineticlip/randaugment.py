@@ -134,8 +134,28 @@ EVL_OPERATIONS: tuple[tuple[str, Callable[[float, random.Random], tuple[float, .
 )
 
 
+# The same without `inc` in the recipe: posterize and solarize weaken as the strength grows, and
+# the four enhancements go from 0.1 to 1.9 without a draw of their direction.
+EVL_PLAIN_OPERATIONS = tuple(
+    {
+        "posterize": (name, lambda strength, rng: (int(strength * 4),)),
+        "solarize": (name, lambda strength, rng: (int(strength * 256),)),
+        **{
+            enhancement: (name, lambda strength, rng: (strength * 1.8 + 0.1,))
+            for enhancement in ("color", "contrast", "brightness", "sharpness")
+        },
+    }.get(name, (name, numbers))
+    for name, numbers in EVL_OPERATIONS
+)
+
+
 def draw_evl(
-    rng: ClipRandom, *, count: int = 4, magnitude: float = 7.0, spread: float = 0.5
+    rng: ClipRandom,
+    *,
+    count: int = 4,
+    magnitude: float = 7.0,
+    spread: float = 0.5,
+    increasing: bool = True,
 ) -> list[Step | None]:
     """The steps of one clip, None where the coin leaves an operation out.
 
@@ -143,9 +163,10 @@ def draw_evl(
     probability one half at a strength N(7, 0.5) of 10. The choice comes from NumPy's generator,
     coins and strengths from Python's.
     """
+    operations = EVL_OPERATIONS if increasing else EVL_PLAIN_OPERATIONS
     steps: list[Step | None] = []
-    for number in rng.numpy.randint(0, len(EVL_OPERATIONS), size=count).tolist():
-        name, numbers = EVL_OPERATIONS[number]
+    for number in rng.numpy.randint(0, len(operations), size=count).tolist():
+        name, numbers = operations[number]
         if rng.python.random() > 0.5:
             steps.append(None)
             continue
