@@ -125,6 +125,55 @@ class EvlConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VitaConfig:
+    """Vita-CLIP: prompts around two frozen towers."""
+
+    summary: bool = True  # a token a frame: what its class token learns of the other frames'
+    local_prompts: bool = True  # a token for each frame of a clip, seen by all of them
+    global_prompts: int = 8  # learned tokens of each block; 0: none
+    text: Literal["prompts", "classifier"] = "prompts"  # learned words; or `classifier` above
+    context: int = 8  # learned words around a class name
+    context_words: str = ""  # they start as these words and are shared; underscores are spaces
+    position: Literal["end", "middle", "front"] = "end"  # of the class name
+    per_class: bool = True  # every class its own words; off: one set that fits any classes
+    train_cls_proj: bool = False  # the published code leaves this layer as it was drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class XClipConfig:
+    """X-CLIP: message tokens, frame integration, text conditioned on the video."""
+
+    integration_layers: int = 1  # of the transformer over frame embeddings
+    prompt_layers: int = 2  # of the cross-attention from text to patches
+    prompt_heads: int = 8
+    prompt_scale: float = 1e-4  # initial weight of what the video adds to the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class VifiConfig:
+    """ViFi-CLIP: both towers fine-tuned, frame embeddings averaged."""
+
+    train_text: bool = True
+    train_visual: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionClipConfig:
+    """ActionCLIP: its header is that of `text4vis` above."""
+
+    templates: tuple[str, ...] = ("actionclip",)  # one is drawn for each training clip
+    train_text: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenVclipConfig:
+    """Open-VCLIP: attention over neighbouring frames, weights drawn back towards CLIP."""
+
+    clip_share: float = 0.0  # of CLIP's own weights in those that are scored
+    clip_weights: str = "openai"
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with two learning rates and a per-iteration schedule."""
 
@@ -185,6 +234,11 @@ class Config:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     bike: BikeConfig = field(default_factory=BikeConfig)
     evl: EvlConfig = field(default_factory=EvlConfig)
+    vitaclip: VitaConfig = field(default_factory=VitaConfig)
+    xclip: XClipConfig = field(default_factory=XClipConfig)
+    vificlip: VifiConfig = field(default_factory=VifiConfig)
+    actionclip: ActionClipConfig = field(default_factory=ActionClipConfig)
+    openvclip: OpenVclipConfig = field(default_factory=OpenVclipConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -94,6 +94,12 @@ def text4vis_geometry(
 def evl_geometry(width: int, height: int, *, size: int, crops: int) -> Geometry:
     """The views of EVL and Vita-CLIP: 1 centre crop, or 3 along the long side, first to last."""
     width, height = shorter_to(width, height, size)
+    boxes = evl_boxes(width, height, size=size, crops=crops)
+    return Geometry(width=width, height=height, size=size, crops=boxes)
+
+
+def evl_boxes(width: int, height: int, *, size: int, crops: int) -> tuple[Crop, ...]:
+    """Those crops of a frame that is already resized to width x height."""
     x, y = width - size, height - size
     if crops == 1:
         corners = [(x // 2, y // 2)]
@@ -101,8 +107,7 @@ def evl_geometry(width: int, height: int, *, size: int, crops: int) -> Geometry:
         corners = [(0, 0), (x // 2, y // 2), (x, y)]
     else:
         raise UserError(f"test.crops: EVL and Vita-CLIP views have 1 or 3 crops, got {crops}")
-    boxes = tuple(Crop(*corner) for corner in corners)
-    return Geometry(width=width, height=height, size=size, crops=boxes)
+    return tuple(Crop(*corner) for corner in corners)
 
 
 def geometry(

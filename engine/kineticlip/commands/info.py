@@ -118,12 +118,34 @@ def _evl(config: Config, model: Architecture, classes: int) -> list[Part]:
     ]
 
 
+def _vitaclip(config: Config, model: Architecture, classes: int) -> list[Part]:
+    from kineticlip.architectures import VisionShape
+    from kineticlip.info import vitaclip
+
+    if not isinstance(model.vision, VisionShape):
+        raise UserError(f"model.arch: {model.name} is a ResNet; it takes no prompts")
+    options = config.vitaclip
+    parts = vitaclip(
+        model,
+        config.data.num_frames,
+        classes=classes,
+        summary=options.summary,
+        local=options.local_prompts,
+        global_prompts=options.global_prompts,
+        context=len(options.context_words.split()) or options.context,
+        per_class=options.per_class and not options.context_words,
+        train_cls_proj=options.train_cls_proj,
+    )
+    return [part for part in parts if options.text == "prompts" or part.name != "text prompts"]
+
+
 # method -> its parts for a configuration, an architecture and a number of classes
 PARTS: dict[str, Callable[[Config, Architecture, int], list[Part]]] = {
     "text4vis": _text4vis,
     "contrastive": _contrastive,
     "bike": _text4vis,
     "evl": _evl,
+    "vitaclip": _vitaclip,
 }
 
 

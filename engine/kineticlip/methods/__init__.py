@@ -8,12 +8,14 @@ from kineticlip.methods.contrastive import CONTRASTIVE
 from kineticlip.methods.evl import EVL_METHOD
 from kineticlip.methods.method import Method
 from kineticlip.methods.text4vis import TEXT4VIS
+from kineticlip.methods.vitaclip import VITACLIP
 
 METHODS: dict[str, Method] = {
     "text4vis": TEXT4VIS,
     "contrastive": CONTRASTIVE,
     "bike": BIKE,
     "evl": EVL_METHOD,
+    "vitaclip": VITACLIP,
 }
 
 
