@@ -30,7 +30,12 @@ def clip_vit() -> dict[str, Tensor]:
 def clip_resnet() -> dict[str, Tensor]:
     """The same with a modified ResNet; the text side is the ViT model's."""
     text = {name: t for name, t in clip_vit().items() if not name.startswith("visual.")}
-    return {**text, **load_file(GOLDEN / "text4vis" / "clip_rn_visual.safetensors")}
+    keys = json.loads((GOLDEN / "text4vis" / "checkpoint_keys.json").read_text())
+    visual = {
+        name: tensor.long() if name.endswith("num_batches_tracked") else tensor.half()
+        for name, tensor in random_like(dict(keys["rn_plain"]), seed=3).items()
+    }
+    return {**text, **visual}
 
 
 def text4vis_state(case: str, *, header: bool = True) -> dict[str, Tensor]:

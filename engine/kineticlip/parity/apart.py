@@ -20,7 +20,9 @@ def run_apart(
     Results come in the order of the rows; they and the arguments are pickled. UserError naming
     `what` where a process ends without a result; its own words are on stderr.
     """
-    context = multiprocessing.get_context("spawn")
+    # One server imports torch and the engine, 4 s of a core, and forks before any thread exists.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
     started = []
     try:
         for row in arguments:
