@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,16 +16,16 @@ from kineticlip.errors import UserError
 COMMANDS = {
     "predict": "rank class names for one video",
     "eval": "score a list of videos with several views each",
-    "train": "train under DeepSpeed, resuming where the last checkpoint stands",
-    "attributes": "train BIKE's second branch on class names, and fuse both branches",
-    "classifier": "build a classifier file from text, random rows, LDA or a language model",
-    "info": "count the parameters and multiply-adds of a configuration",
-    "convert": "rewrite a checkpoint of one code base for another",
-    "report": "make one HTML page from the result files of an evaluation",
-    "demo": "render clips, train, evaluate and report: the whole path in minutes",
-    "parity": "replay recorded outputs of an official code and compare",
+    "train": "train under DeepSpeed; resumes where it was",
+    "report": "make one HTML page from evaluation results",
+    "demo": "the whole path in minutes, on clips it renders itself",
     "frames": "write chosen frames of a video, by number",
-    "prepare": "check the videos of a data set, and write smaller copies of them",
+    "prepare": "check the videos of a data set, write faster copies",
+    "classifier": "build a classifier from text, random rows or LDA",
+    "convert": "rewrite a checkpoint of one code base for another",
+    "info": "count the parameters and multiply-adds of a configuration",
+    "parity": "replay recorded outputs of an official code and compare",
+    "attributes": "BIKE's second branch: extract, train, fuse",
 }
 
 
@@ -33,6 +34,7 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kineticlip",
         description="CLIP as a video recogniser, from file to score.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"kineticlip {__version__}")
@@ -44,7 +46,7 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
         if name == selected:
             module = importlib.import_module(f"kineticlip.commands.{name}")
             module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
+            sub.set_defaults(run=module.run, command_line=main)
     return parser
 
 
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     selected = next((word for word in arguments if not word.startswith("-")), None)
     args = build_parser(selected).parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.addLevelName(logging.WARNING, "warning")
     try:
         status: int = args.run(args)
         sys.stdout.flush()

@@ -9,8 +9,11 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+CommandLine = Callable[[Sequence[str]], int]  # the console script's own entry, handed down
 
 RECIPE = "demo-text4vis-tiny16-f8"
 SOURCES = {"text": "text", "orthogonal": "random_orthogonal"}
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for name, source in SOURCES.items():
         _say(f"Training against a frozen {name} classifier.")
         _command(
-            "train", "--config", RECIPE, "--num-processes", str(args.processes),
+            args.command_line, "train", "--config", RECIPE, "--num-processes", str(args.processes),
             *_sets(
                 f"name=demo-{name}", f"output={root / name}", f"classifier.source={source}",
                 f"model.weights={start}",
@@ -63,14 +66,16 @@ def run(args: argparse.Namespace) -> int:
         _say(f"Scoring the {name} classifier's model: 2 clips x 3 crops of every video.")
         for split, (videos, labels) in lists.items():
             _command(
-                "eval", "--weights", str(root / name / "weights.safetensors"),
+                args.command_line, "eval", "--weights", str(root / name / "weights.safetensors"),
                 "--list", str(videos), "--root", str(data.root), "--labels", str(labels),
                 "--out", str(root / f"{name}-{split}"),
             )  # fmt: skip
     report = root / "report.html"
     _say("Writing the report.")
     folders = [str(root / f"{name}-{split}") for name in SOURCES for split in SPLITS]
-    _command("report", *folders, "--out", str(report), "--title", "KinetiCLIP demo")
+    _command(
+        args.command_line, "report", *folders, "--out", str(report), "--title", "KinetiCLIP demo"
+    )
     _table(root)
     print(f"\nReport: {report}")
     return 0
@@ -84,11 +89,9 @@ def _sets(*pairs: str) -> list[str]:
     return [word for pair in pairs for word in ("--set", pair)]
 
 
-def _command(*words: str) -> None:
-    from kineticlip.cli import main
-
+def _command(command_line: CommandLine, *words: str) -> None:
     print(f"  $ kineticlip {shlex.join(words)}", flush=True)
-    status = main(words)
+    status = command_line(words)
     if status != 0:
         sys.exit(status)
 
