@@ -67,8 +67,6 @@ def trim(path: str | Path, numbers: Sequence[int], *, table: Table | None = None
 
     Raises Unsuitable where frames cannot be told from packets, VideoError for an unreadable file.
     """
-    if table is None and os.stat(path).st_size > HELD_BYTES:
-        table = read_table(path)
     with open_container(path) as container:
         stream = choose_stream(container, path)
         selection = select_packets(path, container, stream, numbers, table=table)
@@ -86,6 +84,8 @@ def select_packets(
     path: str | Path, container: Any, stream: Any, numbers: Sequence[int], *, table: Table | None
 ) -> Selection:
     """Reads the packets that `numbers` need from an open container; without a table, all first."""
+    if table is None and os.stat(path).st_size > HELD_BYTES:
+        table = read_table(path)
     if table is None:
         held = list(_facts(container, stream))
         table = _proven(build_table(stream, held))
