@@ -24,6 +24,7 @@ from kineticlip_kernels.attention_sets_triton import (
     store_tile,
 )
 from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
+from kineticlip_kernels.norm_triton import E4M3_MAX
 from kineticlip_kernels.tuning import blocks
 
 
@@ -35,8 +36,9 @@ def _forward(
     strides,  # tuple of (key row, key token, value row, value token) strides
     lengths,  # tuple of n
     shares,  # tuple of M / M'
-    out_ptr,  # [M, N, H, K], contiguous
-    lse_ptr,  # fp32 [M, H, N]: log2 of the sum of 2^score
+    out_ptr,  # [M, N, H, K], contiguous; e4m3 where there is a scale
+    lse_ptr,  # fp32 [M, H, N]: log2 of the sum of 2^score; or None
+    scale_ptr,  # fp32 [M], what the outputs of an image are divided by; or None
     q_image_stride,
     q_token_stride,
     N,
@@ -77,10 +79,16 @@ def _forward(
             mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision="ieee")
             highest = new_highest
     out = out_ptr + image * N * H * K + head * K
-    store_tile(out, mixed / total[:, None], first, N, H * K, K, BLOCK_K, BLOCK_M)
-    token = first + tl.arange(0, BLOCK_M)
-    lse = lse_ptr + (image * H + head) * N + token
-    tl.store(lse, highest + tl.log2(total), mask=token < N)
+    mixed = mixed / total[:, None]
+    if scale_ptr is not None:
+        mixed = mixed / tl.load(scale_ptr + image)
+        # Weights are rounded before the product: their sum may pass one by that much.
+        mixed = tl.minimum(tl.maximum(mixed, -E4M3_MAX), E4M3_MAX)
+    store_tile(out, mixed, first, N, H * K, K, BLOCK_K, BLOCK_M)
+    if lse_ptr is not None:
+        token = first + tl.arange(0, BLOCK_M)
+        lse = lse_ptr + (image * H + head) * N + token
+        tl.store(lse, highest + tl.log2(total), mask=token < N)
 
 
 def attention_triton(qkv: Tensor, *, sources: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
@@ -103,29 +111,44 @@ def _attention_forward(
     v3: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """-> (out [M, N, H, K], log2 sums [M, H, N])."""
-    qkv = qkv.contiguous()
     images, tokens, _, heads, width = qkv.shape
-    keys, values = key_sets(qkv, (k0, v0, k1, v1, k2, v2, k3, v3))
     out = launch.empty(images, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     lse = launch.empty(images, heads, tokens, dtype=torch.float32, device=qkv.device)
-    if images and tokens:
-        block = blocks("attention_forward", qkv.device, head_width=width)
-        _forward[(ceil_div(tokens, block["BLOCK_M"]) * heads * images,)](
-            qkv,
-            keys,
-            values,
-            *set_arguments(images, keys, values),
-            out,
-            lse,
-            *qkv.stride()[:2],
-            tokens,
-            heads,
-            width**-0.5 * LOG2_E,
-            K=width,
-            BLOCK_K=max(power_of_two(width), 16),
-            **block,
-        )
+    launch_forward(qkv, (k0, v0, k1, v1, k2, v2, k3, v3), out, lse=lse)
     return out, lse
+
+
+def launch_forward(
+    qkv: Tensor,
+    flat: Sequence[Tensor | None],
+    out: Tensor,
+    *,
+    lse: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """Fills out, in e4m3 divided by scale [M] where that is given, and lse."""
+    qkv = qkv.contiguous()
+    images, tokens, _, heads, width = qkv.shape
+    if not images or not tokens:
+        return
+    keys, values = key_sets(qkv, flat)
+    block = blocks("attention_forward", qkv.device, head_width=width)
+    _forward[(ceil_div(tokens, block["BLOCK_M"]) * heads * images,)](
+        qkv,
+        keys,
+        values,
+        *set_arguments(images, keys, values),
+        out,
+        lse,
+        scale,
+        *qkv.stride()[:2],
+        tokens,
+        heads,
+        width**-0.5 * LOG2_E,
+        K=width,
+        BLOCK_K=max(power_of_two(width), 16),
+        **block,
+    )
 
 
 _attention = FusedOp(

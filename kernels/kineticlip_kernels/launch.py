@@ -35,6 +35,18 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+class Operator:
+    """An op without gradients: its launcher in eager mode, kineticlip::<name> to torch.compile."""
+
+    def __init__(self, name: str, forward: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
+        self._launch = forward
+        self.operator = torch.library.custom_op(f"kineticlip::{name}", forward, mutates_args=())
+        self.operator.register_fake(fake)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return (self.operator if torch.compiler.is_compiling() else self._launch)(*inputs)
+
+
 class FusedOp:
     """A differentiable op made of two launchers, in eager mode and under torch.compile.
 

@@ -14,6 +14,8 @@ from kineticlip_kernels import launch
 from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
 
+E4M3_MAX = tl.constexpr(448.0)
+
 
 @triton.jit
 def _forward(
@@ -22,7 +24,8 @@ def _forward(
     weight_ptr,  # [D]
     bias_ptr,  # [D]
     total_ptr,  # [R, D], or None
-    y_ptr,  # [R, D]
+    y_ptr,  # [R, D]; e4m3 where there is a scale
+    scale_ptr,  # fp32 [R], what y was divided by; or None
     mean_ptr,  # fp32 [R]
     rstd_ptr,  # fp32 [R]
     x_stride,
@@ -52,6 +55,11 @@ def _forward(
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     y = (centred - rest[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    if scale_ptr is not None:
+        scale = tl.max(tl.where(inside, tl.abs(y), 0.0), axis=1) / E4M3_MAX
+        scale = tl.where(scale > 0, scale, 1.0)
+        tl.store(scale_ptr + row, scale, mask=row < rows)
+        y = y / scale[:, None]
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(mean_ptr + row, mean + rest, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
@@ -123,15 +131,21 @@ def add_layer_norm_triton(
     return total, y
 
 
-def _launch_forward(
-    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """-> (total or None, y, mean [R], rstd [R])."""
+def launch_forward(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    y: Tensor,
+    scale: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Fills y (e4m3 and a scale a row where one is given) -> (total or None, mean, rstd)."""
     width = x.shape[-1]
     flat = launch.rows_of(x)
     rows = len(flat)
     extra = None if update is None else launch.rows_of(update)
-    y = launch.empty(*x.shape, dtype=x.dtype, device=x.device)
     total = None if extra is None else launch.empty(*x.shape, dtype=x.dtype, device=x.device)
     mean = launch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = launch.empty(rows, dtype=torch.float32, device=x.device)
@@ -144,6 +158,7 @@ def _launch_forward(
             bias.contiguous(),
             total,
             y,
+            scale,
             mean,
             rstd,
             flat.stride(0),
@@ -154,7 +169,7 @@ def _launch_forward(
             BLOCK_D=power_of_two(width),
             **block,
         )
-    return total, y, mean, rstd
+    return total, mean, rstd
 
 
 def _launch_backward(
@@ -204,7 +219,9 @@ def _launch_backward(
 def _layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_forward(x, None, weight, bias, eps)[1:]
+    y = launch.empty(*x.shape, dtype=x.dtype, device=x.device)
+    _, mean, rstd = launch_forward(x, None, weight, bias, eps, y=y)
+    return y, mean, rstd
 
 
 def _layer_norm_backward(
@@ -216,7 +233,8 @@ def _layer_norm_backward(
 def _add_layer_norm_forward(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total, y, mean, rstd = _launch_forward(residual, update, weight, bias, eps)
+    y = launch.empty(*residual.shape, dtype=residual.dtype, device=residual.device)
+    total, mean, rstd = launch_forward(residual, update, weight, bias, eps, y=y)
     assert total is not None
     return total, y, mean, rstd
 

@@ -9,6 +9,14 @@ from torch import Tensor
 
 from kineticlip_kernels.attention_triton import attention_triton
 from kineticlip_kernels.class_attention_triton import class_attention_triton
+from kineticlip_kernels.fp8 import FP8
+from kineticlip_kernels.fp8_triton import (
+    add_layer_norm_fp8_triton,
+    attention_fp8_triton,
+    bias_quick_gelu_fp8_triton,
+    linear_fp8_triton,
+    quantize_rows_triton,
+)
 from kineticlip_kernels.mlp_triton import bias_quick_gelu_triton, linear_quick_gelu_triton
 from kineticlip_kernels.norm_triton import add_layer_norm_triton, layer_norm_triton
 
@@ -64,6 +72,18 @@ def attend_class(*sources: tuple[int, int]) -> None:
     both_ways(out, x, weight, b, *tokens)
 
 
+@torch.no_grad()
+def eight_bits() -> None:
+    x, parameters, out = meta(2, 577, 1024), (meta(1024), meta(1024)), meta(2, 577, 4096)
+    quantize_rows_triton(x)
+    add_layer_norm_fp8_triton(x, x, *parameters, 1e-5)
+    bias_quick_gelu_fp8_triton(out, meta(4096))
+    attention_fp8_triton(meta(2, 577, 3, 16, 64), (), meta(2, dtype=FP32))
+    weight = torch.empty(4096, 1024, dtype=FP8, device="meta")
+    rows, columns = meta(2, 577, dtype=FP32), meta(4096, dtype=FP32)
+    linear_fp8_triton(x.to(FP8), rows, weight, columns, meta(4096), BF16)
+
+
 CASES = {
     "layer_norm 1024": norm,
     "add_layer_norm 1024": lambda: add_norm(1024),
@@ -78,9 +98,14 @@ CASES = {
     "class_attention": attend_class,
     "class_attention, two sources": lambda: attend_class((1, 8), (4, 24)),
     "attention 128": lambda: attend(128),
+    "fp8": eight_bits,
 }
 
+MIN_ARCH = {"fp8": 89}
+
 KINDS = {
+    "fp8_triton._rows": "memory",
+    "fp8_triton._linear": "matrix",
     "norm_triton._forward": "memory",
     "norm_triton._backward": "memory",
     "mlp_triton._activate": "memory",

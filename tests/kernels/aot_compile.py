@@ -5,7 +5,8 @@
 A stand-in driver names the target, launches become compilations, and the ops run on meta tensors:
 what is compiled is what a launch at those shapes would compile. A cases file has CASES, name ->
 function without arguments that runs ops, and KINDS, kernel -> "memory" or "matrix": what bounds
-it. Runs in its own process, without TRITON_INTERPRET.
+it; MIN_ARCH, where there is one, names cases that older GPUs cannot run. Runs in its own process,
+without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class Recorder:
                 module.blocks = blocks  # type: ignore[attr-defined]
 
 
-def load(paths: Sequence[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The CASES and KINDS of all files, which must not repeat a case."""
+def load(arch: int, paths: Sequence[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The CASES for arch and KINDS of all files, which must not repeat a case."""
     cases: dict[str, Callable[[], Any]] = {}
     kinds: dict[str, str] = {}
     for path in paths:
@@ -95,7 +96,8 @@ def load(paths: Sequence[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, 
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         assert not cases.keys() & module.CASES.keys()
-        cases |= module.CASES
+        oldest = getattr(module, "MIN_ARCH", {})
+        cases |= {name: run for name, run in module.CASES.items() if arch >= oldest.get(name, 0)}
         kinds |= module.KINDS
     return cases, kinds
 
@@ -138,7 +140,7 @@ def _number(pattern: str, text: str) -> int:
 def compile_all(arch: int, table: str, paths: Sequence[str]) -> dict[str, Any]:
     """{"kernels": reports, "rows": the table rows that were read}."""
     driver.set_active(StandInDriver(arch))
-    cases, kinds = load(paths)
+    cases, kinds = load(arch, paths)
     recorder = Recorder(table)
     recorder.install()
     for recorder.case, run in cases.items():

@@ -1,9 +1,9 @@
 """Repairs of Triton 3.6's CPU interpreter, for the tests alone. Import it after triton.
 
-The stock interpreter keeps bf16 as uint16 bit patterns: it truncates where hardware rounds, and
-adds, compares and multiplies the bit patterns themselves without an error. NumPy from 2.4 on
-also rejects its loop bounds. Here bf16 operands are widened to fp32, and results rounded to
-nearest even, which is bit-equal to torch.
+The stock interpreter keeps bf16 as uint16 bit patterns: it truncates where hardware rounds (e4m3
+too), and adds, compares and multiplies the bit patterns themselves without an error. Here bf16
+operands are widened to fp32, and results rounded to nearest even, which is bit-equal to torch.
+NumPy from 2.4 on also rejects the interpreter's loop bounds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -43,6 +44,13 @@ def widen_bf16(patterns: Any) -> Any:
     return bits.view(np.float32).reshape(np.shape(patterns))
 
 
+def round_to_e4m3(values: Any) -> Any:
+    """fp32 -> e4m3 bit patterns, to nearest even and saturating, as the hardware's cast does."""
+    wide = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    patterns = wide.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    return patterns.numpy().reshape(np.shape(values))
+
+
 def _is_bf16(handle: Any) -> bool:
     return handle.dtype.scalar == tl.bfloat16 and not isinstance(handle.dtype, tl.pointer_type)
 
@@ -69,6 +77,8 @@ def _repair_casts() -> None:
         return cast(self, source, target)
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if target.scalar == tl.float8e4nv:
+            return Handle(round_to_e4m3(_widen(source).data), tl.float8e4nv)
         if tl.bfloat16 in (source.dtype.scalar, target.scalar):
             return cast_impl(self, source, target)
         return float_cast(self, source, target, rounding)

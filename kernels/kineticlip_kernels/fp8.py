@@ -1,0 +1,213 @@
+"""Inference in 8 bits: e4m3 operands with a scale a row, written by the op that makes them.
+
+Shape letters: D width in, F width out, M images, N tokens, H heads, K head width.
+Opt-in: products of 3-bit mantissas cost accuracy. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kineticlip_kernels.attention import Source, attention_reasons, attention_reference
+from kineticlip_kernels.dispatch import (
+    Impl,
+    UnsupportedInput,
+    choose,
+    interpreting,
+    triton_reasons,
+)
+from kineticlip_kernels.mlp import bias_quick_gelu_reference
+from kineticlip_kernels.norm import layer_norm_reference, reasons
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # the largest e4m3 value
+
+LinearImpl = Literal["auto", "reference", "triton", "scaled_mm"]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A tensor in 8 bits: values [..., D] e4m3 times scale [...] fp32, one a row."""
+
+    values: Tensor
+    scale: Tensor
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[..., D] in dtype."""
+        return self.values.to(dtype) * self.scale.to(dtype).unsqueeze(-1)
+
+
+def quantize_rows(x: Tensor, *, impl: Impl = "auto") -> Scaled:
+    """Each row divided by its largest magnitude / 448, rounded to e4m3. x [..., D]."""
+    _refuse_gradients("quantize_rows", x)
+    if choose("quantize_rows", impl, fp8_reasons(impl, x=x)) == "reference":
+        return quantize_rows_reference(x)
+    from kineticlip_kernels.fp8_triton import quantize_rows_triton
+
+    return Scaled(*quantize_rows_triton(x))
+
+
+def quantize_rows_reference(x: Tensor) -> Scaled:
+    """The specification of `quantize_rows` in plain PyTorch; a row of zeros gets the scale 1."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.abs().amax(dim=-1) / FP8_MAX
+    return _divided(wide, torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+
+def layer_norm_fp8(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto"
+) -> Scaled:
+    """quantize_rows(layer_norm(x)), the normed row never stored in between."""
+    _refuse_gradients("layer_norm_fp8", x, weight, bias)
+    why_not = reasons(impl, x, weight, bias) + fp8_reasons(impl)
+    if choose("layer_norm_fp8", impl, why_not) == "reference":
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = layer_norm_reference(wide, weight.to(wide.dtype), bias.to(wide.dtype), eps)
+        return quantize_rows_reference(normed)
+    from kineticlip_kernels.fp8_triton import layer_norm_fp8_triton
+
+    return Scaled(*layer_norm_fp8_triton(x, weight, bias, eps))
+
+
+def add_layer_norm_fp8(
+    residual: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Scaled]:
+    """(residual + update, layer_norm_fp8 of it); the sum keeps the dtype of its terms."""
+    _refuse_gradients("add_layer_norm_fp8", residual, update, weight, bias)
+    why_not = reasons(impl, residual, weight, bias) + fp8_reasons(impl, update=update)
+    if choose("add_layer_norm_fp8", impl, why_not) == "reference":
+        total = residual + update
+        return total, layer_norm_fp8(total, weight, bias, eps, impl="reference")
+    from kineticlip_kernels.fp8_triton import add_layer_norm_fp8_triton
+
+    total, values, scale = add_layer_norm_fp8_triton(residual, update, weight, bias, eps)
+    return total, Scaled(values, scale)
+
+
+def bias_quick_gelu_fp8(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Scaled:
+    """quantize_rows(quick_gelu(x + bias)). x [..., F], bias [F]."""
+    _refuse_gradients("bias_quick_gelu_fp8", x, bias)
+    if choose("bias_quick_gelu_fp8", impl, fp8_reasons(impl, x=x, bias=bias)) == "reference":
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return quantize_rows_reference(bias_quick_gelu_reference(wide, bias))
+    from kineticlip_kernels.fp8_triton import bias_quick_gelu_fp8_triton
+
+    return Scaled(*bias_quick_gelu_fp8_triton(x, bias))
+
+
+def attention_fp8(qkv: Tensor, *, sources: Sequence[Source] = (), impl: Impl = "auto") -> Scaled:
+    """`attention`, its output in 8 bits: values [M, N, H K], scale [M, N].
+
+    A head sees only its own columns of a row, so no program knows the row's largest magnitude.
+    But every output is a mean of values with weights that sum to one: max|v| of the image and
+    its sources bounds it, and one scale an image serves all its rows.
+    """
+    _refuse_gradients("attention_fp8", qkv, *(t for source in sources for t in source))
+    scale = value_scale(qkv, sources)  # [M]
+    why_not = attention_reasons(impl, qkv, sources) + fp8_reasons(impl)
+    if choose("attention_fp8", impl, why_not) == "reference":
+        out = attention_reference(qkv, sources=sources).flatten(2)  # [M, N, H K]
+        rows = scale.unsqueeze(1).expand(out.shape[:2])
+        return _divided(out.to(scale.dtype), rows)
+    from kineticlip_kernels.fp8_triton import attention_fp8_triton
+
+    values = attention_fp8_triton(qkv, sources, scale).flatten(2)
+    return Scaled(values, scale.unsqueeze(1).expand(values.shape[:2]))
+
+
+def value_scale(qkv: Tensor, sources: Sequence[Source] = ()) -> Tensor:
+    """max|v| / 448 of each image and its sources, 1 where all values are zero. -> [M]."""
+    largest = torch.linalg.vector_norm(qkv[:, :, 2], float("inf"), dim=(1, 2, 3))
+    for _, v in sources:
+        shared = torch.linalg.vector_norm(v, float("inf"), dim=(1, 2, 3))
+        largest = torch.maximum(largest, shared.repeat_interleave(len(qkv) // len(v)))
+    scale = largest.to(torch.promote_types(qkv.dtype, torch.float32)) / FP8_MAX
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def linear_fp8(
+    x: Scaled,
+    weight: Scaled,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    impl: LinearImpl = "auto",
+) -> Tensor:
+    """x @ weight.T + bias out of 8-bit operands. x [..., D], weight [F, D] -> [..., F] of dtype.
+
+    Products accumulate in fp32; the scales are applied to the sums. scaled_mm: PyTorch's own
+    kernel (cuBLAS), the choice of "auto" on a GPU.
+    """
+    why_not = _linear_reasons(impl, x, weight)
+    fast = "triton" if impl == "triton" else "scaled_mm"
+    face = choose("linear_fp8", impl, why_not, fast=fast)
+    if face == "reference":
+        return linear_fp8_reference(x, weight, bias, dtype=dtype)
+    if face == "triton":
+        from kineticlip_kernels.fp8_triton import linear_fp8_triton
+
+        y: Tensor = linear_fp8_triton(x.values, x.scale, weight.values, weight.scale, bias, dtype)
+        return y
+    flat = x.values.reshape(-1, x.values.shape[-1])
+    out = torch._scaled_mm(
+        flat,
+        weight.values.t(),
+        scale_a=x.scale.reshape(-1, 1).contiguous(),
+        scale_b=weight.scale.reshape(1, -1),
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+    return out.view(*x.values.shape[:-1], -1)
+
+
+def linear_fp8_reference(
+    x: Scaled, weight: Scaled, bias: Tensor | None = None, *, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """The specification of `linear_fp8` in plain PyTorch."""
+    wide = torch.promote_types(x.scale.dtype, torch.float32)
+    product = F.linear(x.values.to(wide), weight.values.to(wide))
+    out = product * x.scale.to(wide).unsqueeze(-1) * weight.scale.to(wide)
+    return (out if bias is None else out + bias.to(wide)).to(dtype)
+
+
+def fp8_reasons(impl: str, **tensors: Tensor) -> list[str]:
+    """Why the Triton faces of this file cannot run."""
+    why_not = triton_reasons(impl, **tensors)
+    device = next((t.device for t in tensors.values() if t.is_cuda), None)
+    if device is not None and torch.cuda.get_device_capability(device) < (8, 9):
+        why_not.append(f"{torch.cuda.get_device_name(device)} has no e4m3 arithmetic")
+    return why_not
+
+
+def _linear_reasons(impl: LinearImpl, x: Scaled, weight: Scaled) -> list[str]:
+    why_not = []
+    if not x.values.is_cuda and not (impl == "triton" and interpreting()):
+        why_not.append(f"x is on {x.values.device.type}")
+    elif x.values.is_cuda and torch.cuda.get_device_capability(x.values.device) < (8, 9):
+        why_not.append(f"{torch.cuda.get_device_name(x.values.device)} has no e4m3 arithmetic")
+    if impl != "triton" and any(size % 16 for size in weight.values.shape):
+        why_not.append(f"weight is {tuple(weight.values.shape)} (multiples of 16 only)")
+    return why_not
+
+
+def _divided(wide: Tensor, scale: Tensor) -> Scaled:
+    """wide / scale in e4m3; clamped, because PyTorch's cast makes NaN of what is too large."""
+    return Scaled((wide / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale)
+
+
+def _refuse_gradients(op: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise UnsupportedInput(f"{op}: 8 bits are for inference; wrap the call in torch.no_grad()")

@@ -1,0 +1,209 @@
+"""8-bit operands in Triton: what makes them writes them, and a GEMM with a scale a row.
+
+Shape letters: R rows (all leading axes), D width in, F width out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kineticlip_kernels import launch
+from kineticlip_kernels.attention_triton import launch_forward as launch_attention
+from kineticlip_kernels.fp8 import FP8
+from kineticlip_kernels.launch import Operator, ceil_div, power_of_two
+from kineticlip_kernels.mlp_triton import gate, swizzle
+from kineticlip_kernels.norm_triton import E4M3_MAX
+from kineticlip_kernels.norm_triton import launch_forward as launch_norm
+from kineticlip_kernels.tuning import blocks
+
+
+@triton.jit
+def _rows(
+    x_ptr,  # [R, D], rows x_stride apart
+    bias_ptr,  # [D]: the row becomes quick_gelu(x + bias) first; or None
+    values_ptr,  # e4m3 [R, D]
+    scale_ptr,  # fp32 [R]
+    x_stride,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < D
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x * gate(x, True), 0.0)
+    scale = tl.max(tl.abs(x), axis=0) / E4M3_MAX
+    scale = tl.where(scale > 0, scale, 1.0)
+    tl.store(values_ptr + row * D + column, (x / scale).to(tl.float8e4nv), mask=inside)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _linear(
+    x_ptr,  # e4m3 [R, D]
+    weight_ptr,  # e4m3 [F, D]
+    x_scale_ptr,  # fp32 [R]
+    weight_scale_ptr,  # fp32 [F]
+    bias_ptr,  # [F] or None
+    y_ptr,  # [R, F]
+    rows,
+    F,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    m, n = swizzle(tl.program_id(0), rows, F, BLOCK_M, BLOCK_N, GROUP_M)
+    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows and columns behind the end read real ones again: no mask in the loop, and no store.
+    x_ptr += (row % rows).to(tl.int64)[:, None] * D + k[None, :]
+    weight_ptr += (column % F).to(tl.int64)[None, :] * D + k[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            x = tl.load(x_ptr + start)
+            weight = tl.load(weight_ptr + start)
+        else:
+            x = tl.load(x_ptr + start, mask=k[None, :] < D - start, other=0.0)
+            weight = tl.load(weight_ptr + start, mask=k[:, None] < D - start, other=0.0)
+        total = tl.dot(x, weight, total)
+    x_scale = tl.load(x_scale_ptr + row, mask=row < rows, other=0.0)
+    weight_scale = tl.load(weight_scale_ptr + column, mask=column < F, other=0.0)
+    y = total * x_scale[:, None] * weight_scale[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
+    inside = (row < rows)[:, None] & (column < F)[None, :]
+    out = row.to(tl.int64)[:, None] * F + column[None, :]
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def attention_fp8_triton(
+    qkv: Tensor, sources: Sequence[tuple[Tensor, Tensor]], scale: Tensor
+) -> Tensor:
+    """The Triton face of `attention_fp8`: values [M, N, H, K]."""
+    keys, values = [k for k, _ in sources], [v for _, v in sources]
+    out: Tensor = _attention(qkv, keys, values, scale)
+    return out
+
+
+def _launch_rows(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    flat = launch.rows_of(x)
+    rows, width = flat.shape
+    values, scale = _outputs(x)
+    if rows:
+        _rows[(rows,)](
+            flat,
+            None if bias is None else bias.contiguous(),
+            values,
+            scale,
+            flat.stride(0),
+            D=width,
+            BLOCK_D=power_of_two(width),
+            **blocks("quantize_rows", x.device, width=width),
+        )
+    return values, scale
+
+
+def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    values = launch.empty(*x.shape, dtype=FP8, device=x.device)
+    return values, launch.empty(*x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
+def _fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _launch_bias_quick_gelu(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return _launch_rows(x, bias)
+
+
+def _launch_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _launch_rows(x, None)
+
+
+def _launch_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    values, scale = _outputs(x)
+    launch_norm(x, None, weight, bias, eps, y=values, scale=scale)
+    return values, scale
+
+
+def _launch_add_layer_norm(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, scale = _outputs(residual)
+    total, *_ = launch_norm(residual, update, weight, bias, eps, y=values, scale=scale)
+    assert total is not None
+    return total, values, scale
+
+
+def _launch_attention(
+    qkv: Tensor, keys: list[Tensor], values: list[Tensor], scale: Tensor
+) -> Tensor:
+    images, tokens, _, heads, width = qkv.shape
+    out = launch.empty(images, tokens, heads, width, dtype=FP8, device=qkv.device)
+    flat = [tensor for pair in zip(keys, values, strict=True) for tensor in pair]
+    launch_attention(qkv, flat, out, scale=scale)
+    return out
+
+
+def _launch_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    rows, width = len(flat), len(weight)
+    y = launch.empty(*x.shape[:-1], width, dtype=dtype, device=x.device)
+    if rows:
+        block = blocks("linear_fp8", x.device, rows=rows)
+        tiles = ceil_div(rows, block["BLOCK_M"]) * ceil_div(width, block["BLOCK_N"])
+        _linear[(tiles,)](
+            flat,
+            weight.contiguous(),
+            x_scale.reshape(-1).contiguous(),
+            weight_scale.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            rows,
+            width,
+            D=flat.shape[1],
+            **block,
+        )
+    return y
+
+
+quantize_rows_triton = Operator("quantize_rows", _launch_quantize, fake=_fake)
+bias_quick_gelu_fp8_triton = Operator("bias_quick_gelu_fp8", _launch_bias_quick_gelu, fake=_fake)
+layer_norm_fp8_triton = Operator("layer_norm_fp8", _launch_layer_norm, fake=_fake)
+add_layer_norm_fp8_triton = Operator(
+    "add_layer_norm_fp8",
+    _launch_add_layer_norm,
+    fake=lambda residual, *rest: (residual.new_empty(residual.shape), *_fake(residual)),
+)
+_attention = Operator(
+    "attention_fp8",
+    _launch_attention,
+    fake=lambda qkv, keys, values, scale: qkv[:, :, 0].new_empty(qkv[:, :, 0].shape, dtype=FP8),
+)
+linear_fp8_triton = Operator(
+    "linear_fp8",
+    _launch_linear,
+    fake=lambda x, x_scale, weight, weight_scale, bias, dtype: x.new_empty(
+        *x.shape[:-1], len(weight), dtype=dtype
+    ),
+)

@@ -1,0 +1,140 @@
+"""8-bit operands: the producers and the GEMM against the exact op, and against plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from kernel_rig import BF16, DEVICE, DTYPES, FP32, randn
+from torch import Tensor
+
+from kineticlip_kernels.attention import attention_reference
+from kineticlip_kernels.dispatch import UnsupportedInput
+from kineticlip_kernels.fp8 import (
+    FP8,
+    FP8_MAX,
+    Scaled,
+    add_layer_norm_fp8,
+    attention_fp8,
+    bias_quick_gelu_fp8,
+    layer_norm_fp8,
+    linear_fp8,
+    linear_fp8_reference,
+    quantize_rows,
+    quantize_rows_reference,
+    value_scale,
+)
+from kineticlip_kernels.mlp import bias_quick_gelu_reference
+from kineticlip_kernels.norm import layer_norm_reference
+from kineticlip_kernels.tolerance import compare
+
+frozen = partial(randn, grad=False)
+
+
+def producers(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], Tensor, list[Tensor]]]:
+    """name -> (op of the arguments and an impl, the exact result in float64, the arguments)."""
+    x, weight, bias = frozen(7, 50, dtype=dtype), frozen(50, seed=1), frozen(50, seed=2)
+    qkv = frozen(2, 17, 3, 2, 16, dtype=dtype)
+    pair = [frozen(1, 3, 2, 16, dtype=dtype, seed=seed) for seed in (3, 4)]
+    wide, *source = [tensor.double() for tensor in (qkv, *pair)]
+
+    def attend(qkv: Tensor, k: Tensor, v: Tensor, impl: Any) -> Scaled:
+        return attention_fp8(qkv, sources=[(k, v)], impl=impl)
+
+    normed = layer_norm_reference(x.double(), weight.double(), bias.double())
+    return {
+        "quantize_rows": (quantize_rows, x.double(), [x]),
+        "layer_norm_fp8": (layer_norm_fp8, normed, [x, weight, bias]),
+        "bias_quick_gelu_fp8": (
+            bias_quick_gelu_fp8,
+            bias_quick_gelu_reference(x.double(), bias.to(dtype).double()),
+            [x, bias.to(dtype)],
+        ),
+        "attention_fp8": (
+            attend,
+            attention_reference(wide, sources=[tuple(source)]).flatten(2),
+            [qkv, *pair],
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", producers(FP32))
+def test_producers(name: str, dtype: torch.dtype) -> None:
+    if dtype == FP32 and DEVICE == "cuda" and name == "attention_fp8":
+        dtype = BF16
+    op, exact, arguments = producers(dtype)[name]
+    found, plain = op(*arguments, impl="triton"), op(*arguments, impl="reference")
+    assert found.values.dtype == FP8 and found.scale.shape == exact.shape[:-1]
+    torch.testing.assert_close(found.scale, plain.scale, rtol=2e-2, atol=0)
+    result = compare(name, found.dequantized(), plain.dequantized(), exact)
+    assert result.passed, str(result)
+    assert result.error < 0.07 * exact.abs().max()  # half of 2^-3, on the largest element
+
+
+def test_add_layer_norm_keeps_the_stream_exact() -> None:
+    x, update = frozen(5, 24, dtype=BF16), frozen(5, 24, dtype=BF16, seed=1)
+    parameters = [frozen(24, seed=2), frozen(24, seed=3)]
+    total, normed = add_layer_norm_fp8(x, update, *parameters, impl="triton")
+    assert torch.equal(total, x + update)
+    alone = layer_norm_fp8(total, *parameters, impl="triton")
+    assert torch.equal(normed.values.float(), alone.values.float())
+    assert torch.equal(normed.scale, alone.scale)
+
+
+def test_rows_of_zeros_and_the_largest_value() -> None:
+    x = torch.zeros(3, 8, device=DEVICE)
+    x[1] = torch.linspace(-7, 7, 8)
+    for impl in ("reference", "triton"):
+        scaled = quantize_rows(x, impl=impl)
+        assert torch.equal(scaled.dequantized()[0], x[0]), impl
+        assert scaled.values.float().abs().max() == FP8_MAX, impl
+        assert scaled.scale[0] == 1.0, impl
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "depth", "width"), [((33,), 64, 40), ((2, 5), 48, 32), ((0,), 32, 32)]
+)
+def test_linear(
+    rows: tuple[int, ...], depth: int, width: int, biased: bool, dtype: torch.dtype
+) -> None:
+    x = quantize_rows_reference(frozen(*rows, depth))
+    weight = quantize_rows_reference(frozen(width, depth, seed=1))
+    bias = frozen(width, dtype=dtype, seed=2) if biased else None
+    exact = torch.nn.functional.linear(
+        x.dequantized(torch.float64),
+        weight.dequantized(torch.float64),
+        None if bias is None else bias.double(),
+    )
+    found = linear_fp8(x, weight, bias, dtype=dtype, impl="triton")
+    result = compare("y", found, linear_fp8_reference(x, weight, bias, dtype=dtype), exact)
+    assert result.passed, str(result)
+
+
+def test_value_scale_bounds_every_output() -> None:
+    qkv, k, v = frozen(4, 9, 3, 2, 8, scale=3.0), frozen(2, 3, 2, 8), frozen(2, 3, 2, 8, scale=20.0)
+    out = attention_reference(qkv, sources=[(k, v)])
+    scale = value_scale(qkv, [(k, v)])
+    assert (out.abs().amax(dim=(1, 2, 3)) <= scale * FP8_MAX * (1 + 1e-6)).all()
+    alone = value_scale(qkv)
+    torch.testing.assert_close(alone, qkv[:, :, 2].abs().amax(dim=(1, 2, 3)) / FP8_MAX)
+    assert (scale[:2] > alone[:2]).all()  # the wide source bounds them now
+
+
+def test_gradients_are_refused() -> None:
+    with pytest.raises(UnsupportedInput, match="8 bits are for inference"):
+        quantize_rows(randn(2, 4))
+    with torch.no_grad():
+        assert quantize_rows(randn(2, 4), impl="reference").values.shape == (2, 4)
+
+
+def test_scaled_mm_says_why_not() -> None:
+    x, weight = quantize_rows_reference(frozen(2, 8)), quantize_rows_reference(frozen(3, 8))
+    assert linear_fp8(x, weight).shape == (2, 3)
+    with pytest.raises(UnsupportedInput, match="multiples of 16 only"):
+        linear_fp8(x, weight, impl="scaled_mm")
