@@ -24,6 +24,7 @@ from kineticlip.loader import BadVideo
 from kineticlip.methods.method import Method
 from kineticlip.results import ResultWriter
 
+CEILING_SECONDS = 2.0  # at most; short runs spend 2 % of their time on it, one group at least
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,7 +39,11 @@ class Clock:
     images: int = 0
     views: int = 0
     halvings: int = 0  # of the chunk, after running out of device memory
+    chunk: int = 0  # images per trunk forward
+    ceiling: float = 0.0  # images per second of the model alone, on this device
+    sample: list[VideoViews] = field(default_factory=list)  # the last group, on the device
     started: float = field(default_factory=time.perf_counter)
+    ended: float = 0.0
 
     @contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
@@ -48,7 +53,7 @@ class Clock:
 
     def summary(self) -> dict[str, float]:
         """Rates per second of wall time, and the share of it spent waiting for each stage."""
-        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        elapsed = max((self.ended or time.perf_counter()) - self.started, 1e-9)
         return {
             "seconds": elapsed,
             "videos_per_second": self.videos / elapsed,
@@ -56,7 +61,12 @@ class Clock:
             "images_per_second": self.images / elapsed,
             "videos": self.videos,
             "images": self.images,
+            "chunk": self.chunk,
             "chunk_halvings": self.halvings,
+            "model_images_per_second": self.ceiling,
+            "percent_of_model_speed": (
+                100 * self.images / elapsed / self.ceiling if self.ceiling else 0.0
+            ),
             **{f"{what}_percent": 100 * spent / elapsed for what, spent in self.waits.items()},
         }
 
@@ -96,6 +106,7 @@ def score_stream(
     device: torch.device,
     chunk: int,
     clock: Clock | None = None,
+    one_by_one: bool = False,
 ) -> Iterator[Scored | BadVideo]:
     """Scores videos as they come, in their order; a bad one passes through where it stood.
 
@@ -103,8 +114,12 @@ def score_stream(
     videos. On a GPU results are fetched one group late, so the host never waits for compute
     while there is something to decode. Out of device memory: `chunk` is halved, the group is
     done again and the clock counts it; no video is lost.
+
+    one_by_one: a group is one video, so the shapes of every product, and with them the last bit
+    of a score, depend on that video alone, wherever a run was interrupted.
     """
     clock = clock or Clock()
+    clock.chunk = chunk
     upload = _uploader(device)
     source = iter(stream)
     group: list[VideoViews | BadVideo] = []
@@ -119,12 +134,13 @@ def score_stream(
         else:
             group.append(item)
             images += 0 if isinstance(item, BadVideo) else len(item.images.flatten(0, 1))
-        if group and (finished or images >= chunk):
+        if group and (finished or one_by_one or images >= chunk):
             videos = [video for video in group if isinstance(video, VideoViews)]
             with clock.waiting_for("transfer"):
                 uploaded = [upload(video) for video in videos]
             with clock.waiting_for("compute"):
                 scores, chunk = _score_group(model, method, uploaded, chunk, clock)
+                clock.sample = uploaded or clock.sample
                 if pending is not None:
                     yield from _results(*pending)
             clock.videos += len(videos)
@@ -153,6 +169,7 @@ def _score_group(
             torch.cuda.empty_cache()
             chunk = max(1, chunk // 2)
             clock.halvings += 1
+            clock.chunk = chunk
 
 
 def _results(
@@ -219,12 +236,14 @@ def evaluate_videos(
     device: torch.device,
     chunk: int,
     thumbnails: int = 0,
+    one_by_one: bool = False,
     progress: bool = True,
 ) -> Clock:
     """Scores a stream of videos into a results folder, each as soon as it is done.
 
     `total` counts the videos to come, for the bar. Pictures of the first `thumbnails` good
-    videos are kept. The returned clock knows where the time went.
+    videos are kept. The returned clock knows where the time went, and how fast the model alone
+    is on the last group of videos.
     """
     from tqdm import tqdm
 
@@ -233,7 +252,10 @@ def evaluate_videos(
     watched = _keep(stream, kept, thumbnails)
     bar = tqdm(total=total, unit="video", disable=not progress, dynamic_ncols=True)
     with bar:
-        for item in score_stream(model, method, watched, device=device, chunk=chunk, clock=clock):
+        results = score_stream(
+            model, method, watched, device=device, chunk=chunk, clock=clock, one_by_one=one_by_one
+        )
+        for item in results:
             if isinstance(item, BadVideo):
                 writer.add_bad(item.name, item.reason)
             else:
@@ -246,8 +268,13 @@ def evaluate_videos(
                     decoder=video.decoder,
                 )
             bar.update()
+    clock.ended = time.perf_counter()
     for video in kept:
         writer.save_thumbnail(video.name, _pictures(video))
+    if clock.sample:
+        seconds = min(CEILING_SECONDS, 0.02 * (clock.ended - clock.started))
+        clock.ceiling = measure_ceiling(model, method, clock.sample, clock.chunk, seconds=seconds)
+        clock.sample = []
     return clock
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,44 @@ from kineticlip.commands.options import add_config_options, add_model_options, c
 if TYPE_CHECKING:
     from kineticlip.config import Config
 
+METRICS = ("zero-shot", "map", "multilabel", "official-padded")  # kineticlip.protocols.PROTOCOLS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     add_model_options(parser)
     parser.add_argument("--list", metavar="FILE", help="videos to score; default data.val_list")
     parser.add_argument("--root", metavar="DIR", help="folder of the listed paths")
+    parser.add_argument(
+        "--split",
+        nargs=2,
+        action="append",
+        metavar=("FILE", "NAMES"),
+        help="a list and its own class names, in place of --list and --labels; repeatable: "
+        "each is scored, then the mean and deviation over all",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=[],
+        choices=METRICS,
+        metavar="NAME",
+        help=f"further numbers: {', '.join(METRICS)}",
+    )
+    parser.add_argument(
+        "--official-processes",
+        type=int,
+        default=8,
+        metavar="N",
+        help="official-padded: how many processes shared the list (8)",
+    )
+    parser.add_argument(
+        "--official-batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="multilabel: videos a batch of the official running mean (1)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N videos")
     parser.add_argument("--out", metavar="DIR", help="results folder; default <output>/eval")
     parser.add_argument("--fresh", action="store_true", help="drop results that are there already")
@@ -29,6 +62,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from kineticlip.errors import UserError
+
+    for name in ("official_processes", "official_batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} should be at least 1")
+    if args.split:
+        return _run_splits(args)
+    config = _configured(args)
+    out = Path(args.out) if args.out else config.output_dir / "eval"
+    summary = _evaluate(args, config, out)
+    if args.json:
+        json.dump({"results": str(out), **summary}, sys.stdout, indent=1)
+        print()
+    else:
+        print("\n".join(describe(summary)))
+        print(f"results: {out}")
+    return 0
+
+
+def _run_splits(args: argparse.Namespace) -> int:
+    """Every split into a folder of its own; splits.json beside them has mean and deviation."""
+    from kineticlip.errors import UserError
+    from kineticlip.journal import dump_json, write_atomic
+    from kineticlip.protocols import describe_splits, over_splits
+
+    if args.list is not None or args.labels is not None:
+        raise UserError(
+            "--split brings its own list and class names; leave out --list and --labels"
+        )
+    out, summaries = Path(args.out) if args.out else None, []
+    for number, (listing, labels) in enumerate(args.split, 1):
+        args.list, args.labels = listing, labels
+        config = _configured(args)
+        out = out or config.output_dir / "eval"
+        summary = _evaluate(args, config, out / f"split{number}")
+        summaries.append(summary)
+        if not args.json:
+            print(f"split {number}: {listing}")
+            print("\n".join(f"  {line}" for line in describe(summary)))
+    assert out is not None
+    splits = [{"list": listing, "labels": labels} for listing, labels in args.split]
+    document = {"splits": splits, "over_splits": over_splits(summaries)}
+    write_atomic(out / "splits.json", dump_json(document, indent=1))
+    if args.json:
+        json.dump({"results": str(out), **document}, sys.stdout, indent=1)
+        print()
+    else:
+        print("\n".join(describe_splits(document["over_splits"])))
+        print(f"results: {out}")
+    return 0
+
+
+def _configured(args: argparse.Namespace) -> Config:
+    """The configuration with the options of this command in it."""
     from dataclasses import replace
 
     config = configured(args)
@@ -38,9 +125,11 @@ def run(args: argparse.Namespace) -> int:
     elif args.root is not None:
         data = replace(data, val_root=args.root)
     deterministic = args.deterministic or config.eval.deterministic
-    config = replace(config, data=data, eval=replace(config.eval, deterministic=deterministic))
-    out = Path(args.out) if args.out else config.output_dir / "eval"
-    summary = evaluate_list(
+    return replace(config, data=data, eval=replace(config.eval, deterministic=deterministic))
+
+
+def _evaluate(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
+    return evaluate_list(
         config,
         out,
         limit=args.limit,
@@ -48,14 +137,10 @@ def run(args: argparse.Namespace) -> int:
         keep_scores=args.scores,
         thumbnails=args.thumbnails,
         quiet=args.json,
+        metrics=args.metrics,
+        official_processes=args.official_processes,
+        official_batch=args.official_batch,
     )
-    if args.json:
-        json.dump({"results": str(out), **summary}, sys.stdout, indent=1)
-        print()
-    else:
-        print("\n".join(describe(summary)))
-        print(f"results: {out}")
-    return 0
 
 
 def evaluate_list(
@@ -67,16 +152,26 @@ def evaluate_list(
     keep_scores: bool = False,
     thumbnails: int = 0,
     quiet: bool = False,
+    metrics: Sequence[str] = (),
+    official_processes: int = 8,
+    official_batch: int = 1,
 ) -> dict[str, Any]:
-    """Scores data.val_list into the folder `out` and returns the summary."""
+    """Scores data.val_list into the folder `out` and returns the summary.
+
+    metrics: names of protocols.PROTOCOLS, whose numbers become the summary's `extra`; they need
+    every score, so scores are kept. The last two are settings of the official runs to compare with.
+    """
     from kineticlip.dataset import read_labels, scoring_list
     from kineticlip.errors import UserError
     from kineticlip.evaluate import evaluate_videos
     from kineticlip.loader import TestLoader
     from kineticlip.measure import machine_record
     from kineticlip.predictor import load_recognizer, pick_device
+    from kineticlip.protocols import collect, measure, protocol_named
     from kineticlip.results import ResultWriter, protocol_fingerprint, remove_results
 
+    for name in metrics:
+        protocol_named(name)
     if not config.data.labels:
         raise UserError("data.labels is not set: give --labels a label file or a built-in name")
     class_names = read_labels(config.data.labels)
@@ -92,7 +187,11 @@ def evaluate_list(
     if fresh:
         remove_results(out)
     with ResultWriter.open(
-        out, protocol, entries=listing, class_names=class_names, keep_scores=keep_scores
+        out,
+        protocol,
+        entries=listing,
+        class_names=class_names,
+        keep_scores=keep_scores or bool(metrics),
     ) as writer:
         done = writer.done
         todo = [entry for entry in entries if entry.name not in done]
@@ -108,13 +207,22 @@ def evaluate_list(
             device=recognizer.device,
             chunk=recognizer.chunk,
             thumbnails=thumbnails,
+            one_by_one=config.eval.deterministic,
             progress=not quiet,
         )
-        return writer.finish(machine=machine_record(), speed=clock.summary())
+        extra = {}
+        if metrics:
+            found = collect(
+                writer.scores(), entries, world_size=official_processes, batch_size=official_batch
+            )
+            extra = measure(metrics, found)
+        return writer.finish(machine=machine_record(), speed=clock.summary(), extra=extra)
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
     """The summary in a few lines for a person."""
+    from kineticlip.protocols import describe_extra
+
     lines = []
     protocol = summary["protocol"]
     if protocol["weights"] == "untrained":
@@ -129,6 +237,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
         f"{summary['scored']} videos of {summary['classes']} classes, "
         f"{protocol['clips']} clips x {protocol['crops']} crops x {protocol['frames']} frames"
     )
+    lines += describe_extra(summary["extra"])
     if summary["bad"]:
         reasons = "; ".join(f"{count} x {why}" for why, count in summary["bad_reasons"].items())
         lines.append(f"{summary['bad']} videos could not be decoded and are not counted: {reasons}")
@@ -139,6 +248,9 @@ def describe(summary: dict[str, Any]) -> list[str]:
         )
         lines.append(
             f"{speed['videos_per_second']:.2f} videos/s, "
-            f"{speed['images_per_second']:.1f} images/s; time spent waiting: {waits}"
+            f"{speed['images_per_second']:.1f} images/s, "
+            f"{speed['percent_of_model_speed']:.0f} % of the model alone; waiting: {waits}"
         )
+        decoders = ", ".join(f"{name} {count}" for name, count in summary["decoders"].items())
+        lines.append(f"decoded by {decoders}; bad files: {summary['bad']}")
     return lines
