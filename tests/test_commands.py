@@ -1,0 +1,188 @@
+"""The console script as a user meets it: results, and one line with status 2 for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kineticlip.cli import COMMANDS, build_parser, main
+from kineticlip.demo import render_clip, write_clip, write_start_weights
+
+TINY = ["--set", "model.arch=ViT-tiny-16", "--set", "data.resolution=64"]
+UNTRAINED = ["--weights", "random", *TINY, "--set", "eval.precision=fp32"]
+HEADLINE = str(Path(__file__).parents[1] / "configs/k400-text4vis-vitl14_336-f32.yaml")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips, a list of them, their labels, and a file that is no video."""
+    root = tmp_path_factory.mktemp("clips")
+    lines = []
+    for number in range(6):
+        frames = render_clip(number, number, np.random.default_rng(number))
+        write_clip(root / f"clip{number}.mp4", frames)
+        lines.append(f"clip{number}.mp4 {number % 3}\n")
+    (root / "list.txt").write_text("".join(lines))
+    (root / "labels.txt").write_text("moving left\nmoving right\ngrowing\n")
+    (root / "broken.mp4").write_text("not a video")
+    return root
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_parser(name).parse_args([name, "--help"])
+    assert ended.value.code == 0
+    assert f"kineticlip {name}" in capsys.readouterr().out
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from kineticlip.cli import build_parser; build_parser('eval');"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_predict_prints_one_document(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("predict", str(clips / "clip0.mp4"), "--labels", "a, b, c", *UNTRAINED, "--json")
+    assert main(words) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["untrained"] is True and document["frames"] == 16
+    assert {row["label"] for row in document["ranking"]} == {"a", "b", "c"}
+    scores = [row["probability"] for row in document["ranking"]]
+    assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1, abs=1e-5)
+
+
+def test_predict_marks_untrained_weights(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("predict", str(clips / "clip0.mp4"), "--labels", "a, b", *UNTRAINED)) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("UNTRAINED") and "16 frames" in out and "1  " in out
+
+
+def test_predict_names_a_bad_file(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of(capsys, "predict", str(clips / "broken.mp4"), "--labels", "a, b", *UNTRAINED)
+    assert "broken.mp4" in line
+    line = error_of(capsys, "predict", str(clips / "none.mp4"), "--labels", "a, b", *UNTRAINED)
+    assert "none.mp4" in line and "no such file" in line
+
+
+def evaluate(clips: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "eval", *UNTRAINED, "--set", "test.clips=2", "--set", "test.crops=3",
+        "--set", "data.num_frames=4", "--list", str(clips / "list.txt"), "--root", str(clips),
+        "--labels", str(clips / "labels.txt"), "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def test_eval_counts_and_names_bad_files(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listing = tmp_path / "list.txt"
+    listing.write_text((clips / "list.txt").read_text() + "broken.mp4 0\n")
+    words = evaluate(clips, tmp_path / "out", "--list", str(listing), "--json")
+    assert main(words) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["videos"], summary["scored"], summary["bad"]) == (7, 6, 1)
+    assert summary["protocol"]["weights"] == "untrained"
+    assert summary["views"] == 36
+    assert 0 < summary["speed"]["percent_of_model_speed"]
+    assert (tmp_path / "out" / "results.parquet").is_file()
+    assert main(evaluate(clips, tmp_path / "out", "--list", str(listing))) == 0
+    assert "UNTRAINED" in capsys.readouterr().out
+
+
+def test_untrained_parts_are_refused(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = str(write_start_weights(tmp_path / "start.safetensors"))
+    line = error_of(
+        capsys, "eval", "--config", HEADLINE, *TINY, "--weights", start,
+        "--list", str(clips / "list.txt"), "--root", str(clips),
+        "--labels", str(clips / "labels.txt"), "--out", str(tmp_path / "out"),
+        "--set", "classifier.text_weights=random",
+    )  # fmt: skip
+    assert "no trained weights for fusion_model" in line and "random" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--set", "data.num_frame=3"), "unknown key 'data.num_frame'. Did you mean 'num_frames'"),
+        (("--set", "data.num_frames=x"), "'data.num_frames': input should be a valid integer"),
+        (("--list", "none.txt"), "none.txt"),
+        (("--labels", "none.txt"), "none.txt"),
+        (("--set", "method=text4viz"), "Did you mean 'text4vis'"),
+        (("--set", "model.arch=ViT-tiny-61"), "ViT-tiny-16"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    clips: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    expected: str,
+) -> None:
+    assert expected in error_of(capsys, *evaluate(clips, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_line_with_the_wrong_fields_is_named(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listing = tmp_path / "list.txt"
+    listing.write_text("clip0.mp4 0\nclip1.mp4\n")
+    line = error_of(capsys, *evaluate(clips, tmp_path / "out", "--list", str(listing)))
+    assert f"{listing}:2" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_evaluation_ends_with_the_rows_of_an_unbroken_one(
+    clips: Path, tmp_path: Path
+) -> None:
+    listing = tmp_path / "list.txt"
+    names = [f"copy{number}.mp4" for number in range(40)]
+    for number, name in enumerate(names):
+        (tmp_path / name).symlink_to(clips / f"clip{number % 6}.mp4")
+    listing.write_text("".join(f"{name} {n % 3}\n" for n, name in enumerate(names)))
+
+    def words(out: str) -> list[str]:
+        where = ("--list", str(listing), "--root", str(tmp_path), "--deterministic", "--scores")
+        return evaluate(clips, tmp_path / out, *where)
+
+    assert main(words("whole")) == 0
+    journal = tmp_path / "killed" / "journal.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for goal in (3, 12, 25):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kineticlip", *words("killed")],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and journal.read_bytes().count(b"\n") > goal:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.002)
+        process.wait()
+    assert main(words("killed")) == 0
+    for name in ("results.parquet", "scores.safetensors"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == whole, name
