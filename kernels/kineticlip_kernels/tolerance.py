@@ -59,8 +59,8 @@ def verify(
 ) -> list[Comparison]:
     """Applies the rule to every output of an op, and to the gradient of every input that wants one.
 
-    Both functions are called with `inputs` as keywords: tensors, anything else, and lists or
-    tuples of both. Outputs are a tensor or a tuple of tensors. The gradient that comes from above
+    Both functions are called with `inputs` as keywords: tensors, anything else, and lists,
+    tuples or dicts of both. Outputs are a tensor or a tuple of tensors. The gradient that comes from above
     is one fixed random draw for all three runs.
     """
     runs = [_run(candidate, inputs, None), _run(reference, inputs, None)]
@@ -96,6 +96,8 @@ def _fresh(value: Any, dtype: torch.dtype | None) -> Any:
     """A leaf with the same values, strides and requires_grad, in dtype where it is a float."""
     if isinstance(value, (list, tuple)):
         return type(value)(_fresh(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _fresh(item, dtype) for key, item in value.items()}
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     leaf = value.detach()

@@ -1,0 +1,71 @@
+"""A whole vision transformer on the kernels equals the same one in plain PyTorch.
+
+Kernel tests alone do not show that the ops fit together: strides, the residual stream that
+travels in two parts, gradients that meet in one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_rig import BF16, DEVICE, FP32, check, randn
+from torch import Tensor
+from torch.func import functional_call
+
+from kineticlip.architectures import VisionShape
+from kineticlip.vision import VisionTransformer
+
+SHAPE = VisionShape(
+    resolution=24, patch=8, width=32, layers=2, heads=2, embed=16, mlp_width=48
+)  # 10 tokens
+
+# The 16-bit tensor cores of a GPU do not take fp32.
+DTYPE = BF16 if DEVICE == "cuda" else FP32
+
+
+def tower(kernels: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    model = VisionTransformer(SHAPE, kernels=kernels, attention=kernels)
+    for parameter in model.parameters():  # biases and LayerNorms start trivial
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.to(DEVICE, DTYPE)
+
+
+def embed(kernels: Any, sourced: bool) -> Callable[..., Tensor]:
+    model = tower(kernels)
+
+    def run(pixels: Tensor, parameters: dict[str, Tensor], prompts: Tensor) -> Tensor:
+        def sources(block: int, x: Tensor) -> list[Tensor]:
+            summary = x[:, :1].unflatten(0, (2, 2)).mean(dim=1)  # [2, 1, D], one a clip
+            return [prompts[block : block + 1], summary]
+
+        keywords = {"sources": sources if sourced else None}
+        return functional_call(model, parameters, (pixels,), keywords)
+
+    return run
+
+
+@pytest.mark.parametrize("sourced", [False, True])
+def test_embeddings_and_every_gradient(sourced: bool) -> None:
+    parameters = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in tower("reference").named_parameters()
+    }
+    check(
+        embed("reference", sourced),
+        embed("triton", sourced),
+        pixels=randn(4, 3, 24, 24, dtype=DTYPE),
+        parameters=parameters,
+        prompts=randn(2, 3, 32, dtype=DTYPE, seed=1, grad=sourced),
+    )
+
+
+def test_auto_is_the_reference_on_a_cpu() -> None:
+    pixels = randn(2, 3, 24, 24, dtype=DTYPE, grad=False)
+    with torch.no_grad():
+        plain, chosen = tower("reference")(pixels), tower("auto")(pixels)
+    tolerance = 1e-5 if DTYPE == FP32 else 3e-2
+    torch.testing.assert_close(chosen, plain, rtol=tolerance, atol=tolerance)
