@@ -22,7 +22,7 @@ LAYERS = (
     {"transformer", "vision", "resnet", "temporal", "formats", "weights", "text", "classifier"},
     {"checkpoint"},
     {"methods"},
-    {"metrics", "results", "optim", "deepspeed_config"},
+    {"metrics", "results", "protocols", "optim", "deepspeed_config"},
     {"train", "train_log", "validation", "launch", "evaluate", "predictor", "features", "demo"}
     | {"attributes"},
     {"report", "report_data", "figures", "parity"},

@@ -15,24 +15,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from kineticlip.batch import Batch
 from kineticlip.checkpoint import load_weights
 from kineticlip.classifier import Classifier
 from kineticlip.config import Config, OptimConfig, Text4VisConfig, TrainConfig, load_config
-from kineticlip.distributed import Ranks, initialise
+from kineticlip.distributed import initialise
 from kineticlip.errors import UserError
 from kineticlip.methods import METHODS
 from kineticlip.methods.text4vis import VideoCLIP
-from kineticlip.optim import Timetable, rate_factor
 from kineticlip.temporal import TEMPORAL_MODULES, TemporalTransformer
 from kineticlip.train import Outcome, train
 from kineticlip.vision import VisionTransformer
 from text4vis_golden import ARCHITECTURE, GOLDEN, arrays, tensors
-from toy_training import CLASSES, TOY, Toy, ToyLoader, rows, toy_config
+from toy_training import ALONE, CLASSES, TOY, Toy, ToyLoader, plain_torch, rows, toy_config
 
-ALONE = Ranks()
 NAMES = tuple(f"class {index}" for index in range(CLASSES))
 
 
@@ -57,30 +54,6 @@ def run(config: Config, device: torch.device, **options: Any) -> Outcome:
         "classifier": {"source": "text"},
     }
     return train(config, TOY, ranks=ALONE, device=device, **{**settings, **options})
-
-
-def plain_torch(config: Config) -> tuple[list[float], nn.Module]:
-    """The same run in a dozen lines: losses of every step, and the trained model."""
-    model, loader = Toy(0.0), ToyLoader(16, 2, ALONE)
-    table = Timetable(epoch_length=16, accumulation=4, epochs=config.train.epochs)
-    groups = TOY.param_groups(model, config)
-    rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.optim.weight_decay)
-    batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
-    losses = []
-    for step in range(8):
-        micro = batches[4 * step : 4 * step + 4]
-        parts = [F.cross_entropy(model(batch.pixels), batch.labels) / 4 for batch in micro]
-        sum(parts).backward()
-        if config.train.gradient_clipping:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
-        factor = rate_factor(table.rate_epoch(4 * step), config.optim, epochs=config.train.epochs)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(sum(parts).item())
-    return losses, model
 
 
 @pytest.mark.parametrize(("stage", "clipping"), [(0, 0.0), (0, 0.3), (1, 0.3), (2, 0.0), (3, 0.3)])

@@ -2,7 +2,7 @@
 
 As a program: `python tests/toy_training.py JSON`, alone or under the deepspeed launcher. JSON:
 {"runs": [{"output": DIR, "train": {...}, "optim": {...}, "drop_out": 0}, ...], "delay": seconds}
-with a delay for every micro-batch. Each run trains in turn; the last line of the first rank's stdout is "done".
+with a delay for every micro-batch. Each run trains in turn; the first rank's last line is "done".
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from kineticlip.batch import Batch
 from kineticlip.config import Config, DataConfig, OptimConfig, TrainConfig
 from kineticlip.distributed import Ranks, finish, initialise, read_ranks
 from kineticlip.methods.method import Method
+from kineticlip.optim import Timetable, rate_factor
+from kineticlip.train import train
 
 CLASSES = 5
+ALONE = Ranks()
 
 
 class Toy(nn.Module):
-    """Two trained layers, dropout, a frozen layer and a buffer. pixels [B, 8] -> logits [B, 5]."""
+    """Two trained layers and a scalar, dropout, a frozen layer, a buffer. [B, 8] -> [B, 5]."""
 
     table: Tensor
 
@@ -42,13 +45,14 @@ class Toy(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        self.scale = nn.Parameter(torch.tensor(0.1))
         self.frozen.requires_grad_(False)
         self.register_buffer("table", torch.full((CLASSES,), 1 / 3))
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = F.gelu(self.frozen(pixels.to(self.head.weight.dtype)))  # [B, 16]
         x = F.dropout(F.gelu(self.body(x)), self.drop_out, self.training)
-        return self.head(x).float() + self.table
+        return self.scale.exp() * self.head(x).float() + self.table
 
 
 class ToyLoader:
@@ -83,7 +87,7 @@ def toy_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     assert isinstance(model, Toy)
     return [
         {"params": list(model.body.parameters()), "lr": config.optim.lr * config.optim.clip_ratio},
-        {"params": list(model.head.parameters()), "lr": config.optim.lr},
+        {"params": [model.scale, *model.head.parameters()], "lr": config.optim.lr},
     ]
 
 
@@ -115,6 +119,30 @@ def toy_config(output: Path | str, *, optim: dict[str, Any] | None = None, **tra
     )
 
 
+def plain_torch(config: Config) -> tuple[list[float], nn.Module]:
+    """The same run in a dozen lines: losses of every step, and the trained model."""
+    model, loader = Toy(0.0), ToyLoader(16, 2, ALONE)
+    table = Timetable(epoch_length=16, accumulation=4, epochs=config.train.epochs)
+    groups = TOY.param_groups(model, config)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.optim.weight_decay)
+    batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
+    losses = []
+    for step in range(8):
+        micro = batches[4 * step : 4 * step + 4]
+        parts = [F.cross_entropy(model(batch.pixels), batch.labels) / 4 for batch in micro]
+        sum(parts).backward()
+        if config.train.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
+        factor = rate_factor(table.rate_epoch(4 * step), config.optim, epochs=config.train.epochs)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(sum(parts).item())
+    return losses, model
+
+
 def rows(output: Path | str, kind: str = "train") -> list[dict[str, Any]]:
     """The metrics of a run, what depends on the clock left out."""
     lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
@@ -123,8 +151,6 @@ def rows(output: Path | str, kind: str = "train") -> list[dict[str, Any]]:
 
 
 def main(argument: str) -> int:
-    from kineticlip.train import train
-
     plan = json.loads(argument)
     ranks = read_ranks(os.environ)
     device = initialise(ranks)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kineticlip.config import Config
+from kineticlip.distributed import import_deepspeed
 from kineticlip.errors import UserError, did_you_mean
 
 Json = dict[str, Any]
@@ -98,6 +99,8 @@ def deepspeed_settings(config: Config, *, world_size: int, cuda: bool) -> Json:
     for dotted, (value, _) in owned.items():
         section, dot, name = dotted.partition(".")
         settings = _merged(settings, {section: {name: value}} if dot else {section: value})
+    if train.zero_stage == 0:
+        settings["gradient_clipping"] = 0.0  # the loop's, which also skips what is not finite
     return settings
 
 
@@ -134,11 +137,14 @@ def _check_zero_keys(section: Json, path: Path) -> None:
 
     if not section:
         return
+    import_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {field.alias or name for name, field in fields.items()}
     for key in section:
-        if key not in DeepSpeedZeroConfig.model_fields:
-            hint = did_you_mean(key, DeepSpeedZeroConfig.model_fields)
+        if key not in known | fields.keys():
+            hint = did_you_mean(key, known)
             raise UserError(f"{path}: unknown key 'zero_optimization.{key}'. {hint}")
     try:
         DeepSpeedZeroConfig(**section)

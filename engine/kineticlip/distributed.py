@@ -16,12 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from kineticlip.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 # Validation runs between collectives; its slowest rank may lag the others by this much.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
@@ -113,8 +116,6 @@ def initialise(ranks: Ranks) -> torch.device:
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
-    if not cuda:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # or every process warns that it has no GPU
     os.environ.update(
         RANK=str(ranks.rank),
         LOCAL_RANK=str(ranks.local_rank),
@@ -135,12 +136,16 @@ def initialise(ranks: Ranks) -> torch.device:
             world_size=ranks.world_size,
             timeout=COLLECTIVE_TIMEOUT,
         )
-    _quiet_deepspeed(cuda=cuda)
+    import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return device
 
 
-def _quiet_deepspeed(*, cuda: bool) -> None:
-    """Imports DeepSpeed; its log goes to stderr and keeps to errors, as stdout is the caller's."""
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, made to keep quiet: errors alone, and on stderr, since stdout is the caller's."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or every process warns that it has no GPU
     import deepspeed
     from deepspeed.utils import logger
 
@@ -152,7 +157,8 @@ def _quiet_deepspeed(*, cuda: bool) -> None:
     # would use: compiled on first use (20 s, hangs on a stale lock), it leaves 69 MB a rank in
     # /dev/shm. Filling the table runs compilers and linkers, with their complaints on stderr.
     deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    module: ModuleType = deepspeed
+    return module
 
 
 def barrier() -> None:
@@ -161,6 +167,17 @@ def barrier() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def gather(value: T, ranks: Ranks) -> list[T]:
+    """The values of all processes, by rank, on every one of them; plain data only."""
+    import torch
+
+    if ranks.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def finish(status: int, ranks: Ranks) -> int:

@@ -32,7 +32,7 @@ from kineticlip.distributed import Ranks, barrier
 from kineticlip.errors import UserError
 from kineticlip.journal import Journal, dump_json, write_atomic
 from kineticlip.methods.method import Method
-from kineticlip.optim import Timetable, build_optimizer, rate_factor
+from kineticlip.optim import Timetable, build_optimizer, epochs_of, rate_factor
 from kineticlip.train_log import StepLog, last_evaluation, open_run
 
 WEIGHTS = "weights.safetensors"
@@ -73,7 +73,9 @@ def check_settings(config: Config, *, world_size: int, cuda: bool) -> None:
         )
     if train.gradient_clipping < 0 or train.eval_every < 0:
         raise UserError("train.gradient_clipping and train.eval_every should not be negative")
-    if optim.warmup_epochs >= train.epochs:
+    if train.steps < 0:
+        raise UserError(f"train.steps should not be negative, got {train.steps}")
+    if train.steps == 0 and optim.warmup_epochs >= train.epochs:
         raise UserError(
             f"optim.warmup_epochs {optim.warmup_epochs:g} leaves nothing of train.epochs "
             f"{train.epochs:g}"
@@ -102,12 +104,19 @@ def train(
     is touched), and after train.max_skipped_steps non-finite steps in a row.
     """
     check_settings(config, world_size=ranks.world_size, cuda=device.type == "cuda")
+    accumulation = accumulation_steps(config, world_size=ranks.world_size)
     table = Timetable(
         epoch_length=len(loader),
-        accumulation=accumulation_steps(config, world_size=ranks.world_size),
-        epochs=config.train.epochs,
+        accumulation=accumulation,
+        epochs=epochs_of(config.train, epoch_length=len(loader), accumulation=accumulation),
         official=config.optim.official_updates,
+        at_start=config.optim.rate_at == "start",
     )
+    if config.optim.warmup_epochs >= table.epochs:
+        raise UserError(
+            f"optim.warmup_epochs {config.optim.warmup_epochs:g} leaves nothing of the "
+            f"{table.epochs:g} epochs of the run"
+        )
     found = checkpoints.find_resumable(resume, config.output_dir, config, ranks)
     groups = method.param_groups(model, config)
     grouped = {id(parameter) for group in groups for parameter in group["params"]}
@@ -115,6 +124,7 @@ def train(
     assert not strays, f"trained but in no group, or frozen and in one: {strays[:3]}"
     optimizer = build_optimizer(groups, config.optim, fused=device.type == "cuda")
     rates = [float(group["lr"]) for group in optimizer.param_groups]
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     frozen = _frozen_copies(model) if _shares_out(config) and ranks.is_first else {}
     engine = start_engine(config, model, optimizer, ranks=ranks, device=device)
     _seed(config.seed + ranks.rank)
@@ -139,6 +149,7 @@ def train(
         journal=journal,
         progress=progress,
         evaluation=last_evaluation(journal) if journal is not None else {},
+        shapes=shapes,
         frozen=frozen,
     )
     try:
@@ -179,7 +190,7 @@ def start_engine(
     settings = deepspeed_settings(config, world_size=ranks.world_size, cuda=device.type == "cuda")
     model.to(device)
     with (
-        _scalars_left_out(model),
+        _scalars_apart(model, stage=config.train.zero_stage),
         contextlib.redirect_stdout(io.StringIO()),  # its bf16 optimiser prints memory tables
     ):
         engine, *_ = deepspeed.initialize(
@@ -189,19 +200,23 @@ def start_engine(
 
 
 @contextlib.contextmanager
-def _scalars_left_out(model: nn.Module) -> Iterator[None]:
-    """Keeps parameters without dimensions (CLIP's logit scale) out of DeepSpeed's first broadcast.
+def _scalars_apart(model: nn.Module, *, stage: int) -> Iterator[None]:
+    """Carries parameters without dimensions (CLIP's logit scale) past DeepSpeed's first broadcast.
 
-    0.19.8 views each parameter as bytes there, which torch cannot do without a dimension; the
-    mark is the one that it skips. They are broadcast here instead.
+    0.19.8 views each parameter as bytes there, which torch cannot do without a dimension. Stage 3
+    gets them with one, for good; below, the mark makes it leave them out, and they go from here.
     """
     scalars = [parameter for parameter in model.parameters() if parameter.dim() == 0]
     for scalar in scalars:
-        torch.distributed.broadcast(scalar.data, 0)
-        scalar.ds_optim_param = True  # type: ignore[attr-defined]
+        if stage == 3:
+            scalar.data = scalar.data.view(1)
+        else:
+            torch.distributed.broadcast(scalar.data, 0)
+            scalar.ds_optim_param = True  # type: ignore[attr-defined]
     yield
     for scalar in scalars:
-        del scalar.ds_optim_param  # type: ignore[attr-defined]
+        if stage < 3:
+            del scalar.ds_optim_param  # type: ignore[attr-defined]
 
 
 def _shares_out(config: Config) -> bool:
@@ -251,7 +266,8 @@ class _Run:
     progress: Progress
     in_a_row: int = 0  # skipped steps
     evaluation: dict[str, Any] = field(default_factory=dict)
-    frozen: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, torch.Size]  # of the state dict, before the engine took over
+    frozen: dict[str, Tensor]
 
     def to_the_end(self, loader: Loader) -> None:
         """Optimiser steps from where the progress stands; the last one is always saved."""
@@ -299,7 +315,7 @@ class _Run:
 
     def _set_rates(self, position: int) -> list[float]:
         epoch = self.table.rate_epoch(position)
-        factor = rate_factor(epoch, self.config.optim, epochs=self.config.train.epochs)
+        factor = rate_factor(epoch, self.config.optim, epochs=self.table.epochs)
         lrs = [rate * factor for rate in self.rates]
         for group, lr in zip(self.engine.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
@@ -309,15 +325,17 @@ class _Run:
         """The optimiser's step: whether it was taken, and the norm of its gradient.
 
         A step with non-finite gradients is left out. ZeRO does that by itself; at stage 0
-        DeepSpeed would write them into the weights.
+        DeepSpeed would write them into the weights, and cannot clip those without dimensions.
         """
-        engine = self.engine
-        if self.config.train.zero_stage == 0:
-            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+        engine, train = self.engine, self.config.train
+        if train.zero_stage == 0:
+            graded = [p for p in engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in graded])
             if not torch.isfinite(norm):
                 engine.zero_grad()
                 return False, norm
+            if train.gradient_clipping:
+                torch.nn.utils.clip_grads_with_norm_(graded, train.gradient_clipping, norm)
             engine.step()
             return True, norm
         skipped = engine.skipped_steps
@@ -450,7 +468,7 @@ class _Run:
                 value = safe_get_full_fp32_param(value) if value.requires_grad else None
                 value = self.frozen.get(name) if value is None else value
             if self.ranks.is_first:
-                state[name] = value.detach().cpu()
+                state[name] = value.detach().cpu().reshape(self.shapes[name])
         return state
 
     def close(self) -> None:
