@@ -24,6 +24,7 @@ LAYERS = (
     {"methods"},
     {"metrics", "results", "protocols", "optim", "deepspeed_config"},
     {"train", "train_log", "validation", "launch", "evaluate", "predictor", "features", "demo"}
+    | {"feature_cache"}
     | {"attributes"},
     {"report", "report_data", "figures", "parity"},
     {"commands"},

@@ -40,7 +40,8 @@ def describe_run(run: Results, name: str) -> Json:
     summary = dict(run.summary)
     class_names: list[str] = summary.pop("class_names")
     protocol: Json = summary.get("protocol", {})
-    scored = [row for row in run.rows if row.status == "ok"]
+    # -1: a video with several labels, or with none, cannot be right or wrong
+    scored = [row for row in run.rows if row.status == "ok" and row.label >= 0]
     confusion = metrics.confusion_matrix(
         [row.top5[0] for row in scored], [row.label for row in scored], num_classes=len(class_names)
     )

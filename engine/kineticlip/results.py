@@ -42,7 +42,7 @@ UNTRAINED = "untrained"  # the protocol's weights id of a model with random weig
 INTERVAL_LEVEL = 0.95
 THUMBNAIL_HEIGHT = 96
 
-Entry = tuple[str, int]  # a list line: path as listed, label
+Entry = tuple[str, int]  # a list line: path as listed, label (-1: several labels, or none)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class ResultWriter:
         difference), when another process writes there, and for a label without a class name.
         """
         for video, label in entries:
-            if not 0 <= label < len(class_names):
+            if not -1 <= label < len(class_names):
                 raise UserError(f"{video}: label {label}, but there are {len(class_names)} classes")
         header = {"format": FORMAT, "keep_scores": keep_scores, "protocol": dict(fingerprint)}
         return cls(
@@ -277,7 +277,7 @@ class ResultWriter:
         return VideoRow(
             video=video,
             label=label,
-            label_name=self.class_names[label],
+            label_name=self.class_names[label] if label >= 0 else "",
             prediction=top[0] if top else None,
             top5=top,
             top5_names=[self.class_names[number] for number in top],
@@ -290,14 +290,18 @@ class ResultWriter:
             reason=line.get("reason", ""),
         )
 
+    def scores(self) -> NDArray[np.float32]:
+        """Scores kept so far [N, C], row n for list entry n; NaN for a bad or missing video."""
+        scores = np.full((len(self.entries), len(self.class_names)), np.nan, dtype=np.float32)
+        for n, (video, _) in enumerate(self.entries):
+            if "scores" in self._rows.get(video, {}):
+                scores[n] = np.frombuffer(base64.b64decode(self._rows[video]["scores"]), "<f4")
+        return scores
+
     def _score_file(self, made: Json) -> bytes:
         from safetensors.numpy import save
 
-        scores = np.full((len(self.entries), len(self.class_names)), np.nan, dtype=np.float32)
-        for n, (video, _) in enumerate(self.entries):
-            if "scores" in self._rows[video]:
-                scores[n] = np.frombuffer(base64.b64decode(self._rows[video]["scores"]), "<f4")
-        data: bytes = save({"scores": scores}, metadata={"kineticlip": json.dumps(made)})
+        data: bytes = save({"scores": self.scores()}, metadata={"kineticlip": json.dumps(made)})
         return data
 
     def _thumbnail_index(self) -> list[Json]:
@@ -327,12 +331,16 @@ def summarize(rows: Sequence[VideoRow], class_names: Sequence[str]) -> Json:
     """Accuracy and counts of the rows; accuracies are None when no video could be scored.
 
     Bad videos count in `bad`, not in the accuracies; `top1_bad_as_wrong` counts them as wrong.
+    Rows without a single label have no accuracy.
     """
     scored = [row for row in rows if row.status == "ok"]
-    hits = [row.correct for row in scored]
-    hits5 = [row.label in row.top5 for row in scored]
+    labelled = [row for row in scored if row.label >= 0]
+    hits = [row.correct for row in labelled]
+    hits5 = [row.label in row.top5 for row in labelled]
     confusion = metrics.confusion_matrix(
-        [row.top5[0] for row in scored], [row.label for row in scored], num_classes=len(class_names)
+        [row.top5[0] for row in labelled],
+        [row.label for row in labelled],
+        num_classes=len(class_names),
     )
     return {
         "videos": len(rows),
@@ -350,7 +358,9 @@ def summarize(rows: Sequence[VideoRow], class_names: Sequence[str]) -> Json:
         "top5_interval": _interval(hits5),
         "interval_level": INTERVAL_LEVEL,
         "mean_class_accuracy": _number(metrics.mean_class_accuracy(confusion)),
-        "top1_bad_as_wrong": _number(metrics.mean_percent([row.correct for row in rows])),
+        "top1_bad_as_wrong": _number(
+            metrics.mean_percent([row.correct for row in rows if row.label >= 0])
+        ),
     }
 
 

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="multilabel: videos a batch of the official running mean (1)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N videos")
+    parser.add_argument("--features", metavar="DIR", help="what kineticlip features wrote of them")
     parser.add_argument("--out", metavar="DIR", help="results folder; default <output>/eval")
     parser.add_argument("--fresh", action="store_true", help="drop results that are there already")
     parser.add_argument("--scores", action="store_true", help="keep every video's scores")
@@ -103,13 +104,14 @@ def _run_splits(args: argparse.Namespace) -> int:
             print("\n".join(f"  {line}" for line in describe(summary)))
     assert out is not None
     splits = [{"list": listing, "labels": labels} for listing, labels in args.split]
-    document = {"splits": splits, "over_splits": over_splits(summaries)}
+    combined = over_splits(summaries)
+    document = {"splits": splits, "over_splits": combined}
     write_atomic(out / "splits.json", dump_json(document, indent=1))
     if args.json:
         json.dump({"results": str(out), **document}, sys.stdout, indent=1)
         print()
     else:
-        print("\n".join(describe_splits(document["over_splits"])))
+        print("\n".join(describe_splits(combined)))
         print(f"results: {out}")
     return 0
 
@@ -124,6 +126,8 @@ def _configured(args: argparse.Namespace) -> Config:
         data = replace(data, val_list=args.list, val_root=args.root or "")
     elif args.root is not None:
         data = replace(data, val_root=args.root)
+    if args.features is not None:
+        data = replace(data, features=args.features)
     deterministic = args.deterministic or config.eval.deterministic
     return replace(config, data=data, eval=replace(config.eval, deterministic=deterministic))
 
@@ -164,21 +168,23 @@ def evaluate_list(
     from kineticlip.dataset import read_labels, scoring_list
     from kineticlip.errors import UserError
     from kineticlip.evaluate import evaluate_videos
+    from kineticlip.feature_cache import FeatureViews, open_store
     from kineticlip.loader import TestLoader
     from kineticlip.measure import machine_record
     from kineticlip.predictor import load_recognizer, pick_device
-    from kineticlip.protocols import collect, measure, protocol_named
+    from kineticlip.protocols import check_protocols, collect, measure
     from kineticlip.results import ResultWriter, protocol_fingerprint, remove_results
 
-    for name in metrics:
-        protocol_named(name)
     if not config.data.labels:
         raise UserError("data.labels is not set: give --labels a label file or a built-in name")
     class_names = read_labels(config.data.labels)
     listed = scoring_list(config, len(class_names))
     entries = listed.entries[:limit]
     if not entries:
-        raise UserError(f"{config.data.val_list}: no video to score")
+        raise UserError(f"{config.data.val_list}: no video to score; {listed.summary()}")
+    check_protocols(metrics, entries)
+    if listed.empty:
+        print(listed.summary(), file=sys.stderr)
     recognizer = load_recognizer(config, class_names, device=pick_device())
     listing = [(entry.name, entry.label) for entry in entries]
     protocol = protocol_fingerprint(
@@ -197,7 +203,12 @@ def evaluate_list(
         todo = [entry for entry in entries if entry.name not in done]
         if recognizer.classifier is not None:
             writer.save_classifier(recognizer.classifier.numpy())
-        loader = TestLoader(todo, config, pipeline=recognizer.method.pipeline)
+        loader: TestLoader | FeatureViews
+        if config.data.features:
+            store = open_store(config, recognizer.method, recognizer.model)
+            loader, thumbnails = FeatureViews(store, todo), 0
+        else:
+            loader = TestLoader(todo, config, pipeline=recognizer.method.pipeline)
         clock = evaluate_videos(
             recognizer.model,
             recognizer.method,
@@ -210,12 +221,14 @@ def evaluate_list(
             one_by_one=config.eval.deterministic,
             progress=not quiet,
         )
-        extra = {}
+        extra: dict[str, Any] = {}
+        if listed.empty:
+            extra["entries_without_frames"] = len(listed.empty)
         if metrics:
             found = collect(
                 writer.scores(), entries, world_size=official_processes, batch_size=official_batch
             )
-            extra = measure(metrics, found)
+            extra |= measure(metrics, found)
         return writer.finish(machine=machine_record(), speed=clock.summary(), extra=extra)
 
 
