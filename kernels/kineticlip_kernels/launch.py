@@ -111,11 +111,15 @@ class FusedOp:
 
     def __call__(self, *inputs: Any) -> Tensors:
         """The op's results, a tuple of `results` tensors."""
+        return self.outputs(*inputs)[: self.results]
+
+    def outputs(self, *inputs: Any) -> Tensors:
+        """The results, and behind them the statistics, which have no gradient."""
         if torch.compiler.is_compiling():
-            return tuple(self.operator(*inputs)[: self.results])
+            return tuple(self.operator(*inputs))
         if torch.is_grad_enabled() and any(_wants_grad(value) for value in inputs):
-            return self._apply(*inputs)[: self.results]
-        return self._launch(*inputs)[: self.results]
+            return self._apply(*inputs)
+        return self._launch(*inputs)
 
 
 def _wants_grad(value: Any) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kineticlip_kernels.dispatch import Impl, choose, matrix_reasons, triton_reasons
+from kineticlip_kernels.recompute import remember
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -47,5 +48,5 @@ def linear_quick_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tens
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), elementwise."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return x * torch.sigmoid(1.702 * x)
+        return remember(x * torch.sigmoid(1.702 * x), quick_gelu, x)
     return torch.mul(x, 1.702).sigmoid_().mul_(x)  # the same numbers in one temporary

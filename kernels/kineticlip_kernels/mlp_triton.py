@@ -13,6 +13,7 @@ from torch import Tensor
 from kineticlip_kernels import launch
 from kineticlip_kernels.dispatch import interpreting
 from kineticlip_kernels.launch import FusedOp, ceil_div
+from kineticlip_kernels.recompute import remember
 from kineticlip_kernels.tuning import blocks
 
 INTERPRET = tl.constexpr(interpreting())
@@ -40,7 +41,7 @@ def gate(x, NARROW: tl.constexpr):
 @triton.jit
 def _activate(
     x_ptr,  # [R, F], rows x_stride apart
-    bias_ptr,  # [F]
+    bias_ptr,  # [F] or None
     y_ptr,  # [R, F]
     x_stride,
     rows,
@@ -52,8 +53,9 @@ def _activate(
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = (row < rows)[:, None] & (column < F)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-    bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
-    h = x.to(tl.float32) + bias[None, :]
+    h = x.to(tl.float32)
+    if bias_ptr is not None:
+        h += tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
     y = h * gate(h, y_ptr.dtype.element_ty.primitive_bitwidth == 16)
     out = row[:, None] * F + column[None, :]
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -131,7 +133,8 @@ def _linear(
             weight = tl.load(weight_ptr + start, mask=k[:, None] < D - start, other=0.0)
         total = tl.dot(x, weight, total, input_precision="ieee")
     bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
-    h = total + bias[None, :]
+    # Rounded as the linear layer's own output: the backward finds the same h, kept or not.
+    h = (total + bias[None, :]).to(y_ptr.dtype.element_ty).to(tl.float32)
     inside = (row < rows)[:, None] & (column < F)[None, :]
     out = row.to(tl.int64)[:, None] * F + column[None, :]
     if hidden_ptr is not None:
@@ -160,20 +163,26 @@ def bias_quick_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_quick_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The Triton face of `linear_quick_gelu`; its backward computes y / h anew from h alone."""
+    """The Triton face of `linear_quick_gelu`; its backward needs the linear layer's output only."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    (y,) = _linear_quick_gelu(x, weight, bias, keep)
+    y, hidden = _linear_quick_gelu.outputs(x, weight, bias, keep)
+    return remember(y, _activated, hidden)
+
+
+def _activated(hidden: Tensor) -> Tensor:
+    (y,) = _bias_forward(hidden, None)
     return y
 
 
-def _bias_forward(x: Tensor, bias: Tensor) -> tuple[Tensor]:
+def _bias_forward(x: Tensor, bias: Tensor | None) -> tuple[Tensor]:
     flat = launch.rows_of(x)
     y = launch.empty(*x.shape, dtype=x.dtype, device=x.device)
     rows, width = flat.shape
     if rows:
         block = blocks("bias_quick_gelu_forward", x.device, width=width)
         grid = (ceil_div(rows, block["BLOCK_ROWS"]), ceil_div(width, block["BLOCK_F"]))
-        _activate[grid](flat, bias.contiguous(), y, flat.stride(0), rows, width, **block)
+        bias = None if bias is None else bias.contiguous()
+        _activate[grid](flat, bias, y, flat.stride(0), rows, width, **block)
     return (y,)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kineticlip_kernels.dispatch import Impl, choose, triton_reasons
+from kineticlip_kernels.recompute import remember
 
 MAX_WIDTH = 16384  # a row is one block: 64 KiB of fp32 in registers
 
@@ -22,11 +23,9 @@ def layer_norm(
     weight and bias may be wider than x (fp32 parameters under bf16 activations); the result has
     the dtype of x. Raises UnsupportedInput where the face asked for cannot run.
     """
-    if choose("layer_norm", impl, reasons(impl, x, weight, bias)) == "reference":
-        return layer_norm_reference(x, weight, bias, eps)
-    from kineticlip_kernels.norm_triton import layer_norm_triton
-
-    return layer_norm_triton(x, weight, bias, eps)
+    face = choose("layer_norm", impl, reasons(impl, x, weight, bias))
+    function = layer_norm_reference if face == "reference" else _layer_norm_triton
+    return remember(function(x, weight, bias, eps), function, x, weight, bias, eps)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -57,10 +56,12 @@ def add_layer_norm(
     if update.shape != residual.shape or update.dtype != residual.dtype:
         why_not.append("residual and update differ in shape or dtype")
     if choose("add_layer_norm", impl, why_not) == "reference":
-        return add_layer_norm_reference(residual, update, weight, bias, eps)
+        total, y = add_layer_norm_reference(residual, update, weight, bias, eps)
+        return total, remember(y, layer_norm_reference, total, weight, bias, eps)
     from kineticlip_kernels.norm_triton import add_layer_norm_triton
 
-    return add_layer_norm_triton(residual, update, weight, bias, eps)
+    total, y = add_layer_norm_triton(residual, update, weight, bias, eps)
+    return total, remember(y, _layer_norm_triton, total, weight, bias, eps)
 
 
 def add_layer_norm_reference(
@@ -69,6 +70,12 @@ def add_layer_norm_reference(
     """The specification of `add_layer_norm` in plain PyTorch."""
     total = residual + update
     return total, layer_norm_reference(total, weight, bias, eps)
+
+
+def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    from kineticlip_kernels.norm_triton import layer_norm_triton
+
+    return layer_norm_triton(x, weight, bias, eps)
 
 
 def reasons(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:

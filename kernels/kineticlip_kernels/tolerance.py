@@ -60,8 +60,8 @@ def verify(
     """Applies the rule to every output of an op, and to the gradient of every input that wants one.
 
     Both functions are called with `inputs` as keywords: tensors, anything else, and lists,
-    tuples or dicts of both. Outputs are a tensor or a tuple of tensors. The gradient that comes from above
-    is one fixed random draw for all three runs.
+    tuples or dicts of both. Outputs are a tensor or a tuple of tensors. The gradient that comes
+    from above is one fixed random draw for all three runs.
     """
     runs = [_run(candidate, inputs, None), _run(reference, inputs, None)]
     runs.append(_run(reference, inputs, torch.float64))
