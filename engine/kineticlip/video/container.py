@@ -21,6 +21,8 @@ FORMATS = (
 )
 # One picture may not claim more: 8192 x 8192, 200 MB as RGB. FFmpeg checks before it allocates.
 MAX_PIXELS = 1 << 26
+# What PyAV raises for damaged streams; IndexError where one appears on the way (MPEG-TS).
+DAMAGE = (av.FFmpegError, ValueError, IndexError)
 
 
 class VideoError(UserError):
@@ -91,8 +93,11 @@ def choose_stream(container: Any, path: str | Path) -> Any:
     if not streams:
         kinds = sorted({str(stream.type) for stream in container.streams})
         raise VideoError(path, f"holds no video, only {', '.join(kinds) or 'an empty container'}")
+    known = [stream for stream in streams if stream.codec_context is not None]
+    if not known:
+        raise VideoError(path, "its codec is unknown to FFmpeg")
     chosen = min(
-        streams,
+        known,
         key=lambda stream: (
             not stream.disposition & Disposition.default,
             -stream.codec_context.width * stream.codec_context.height,
@@ -103,8 +108,6 @@ def choose_stream(container: Any, path: str | Path) -> Any:
         if stream.index != chosen.index:
             stream.discard = Discard.all
     context = chosen.codec_context
-    if context is None:
-        raise VideoError(path, "its codec is unknown to FFmpeg")
     # One thread a video: two cost 5-20 % more CPU time and gain wall time only from 720p on.
     context.thread_count = 1
     context.options = {"max_pixels": str(MAX_PIXELS)}

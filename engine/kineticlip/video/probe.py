@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
 from kineticlip.video.container import (
+    DAMAGE,
     VideoError,
     check_regular_file,
     choose_stream,
@@ -125,7 +125,7 @@ def pictures(path: str | Path, container: Any, stream: Any) -> Iterator[tuple[in
         for frame in container.decode(stream):
             yield number, frame
             number += 1
-    except (av.FFmpegError, ValueError) as error:
+    except DAMAGE as error:
         decoding_failed(path, error, number)
 
 
@@ -143,7 +143,7 @@ def _scan_packets(path: str | Path, container: Any, stream: Any) -> Scan | str:
         table = build_table(stream, feed())
         if not first:
             first.extend(stream.codec_context.decode(None)[:1])
-    except (av.FFmpegError, ValueError) as error:
+    except DAMAGE as error:
         decoding_failed(path, error, len(first))
     if not first:
         raise VideoError(path, "no picture in it can be decoded")

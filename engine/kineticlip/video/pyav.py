@@ -67,6 +67,8 @@ def _decode(path: str | Path, context: Any, selection: Selection) -> Iterator[tu
     try:
         for packet in [*selection.packets, None]:
             for frame in context.decode(packet):
+                if frame.is_corrupt:  # what stands in for the damage depends on what was decoded
+                    raise Unsuitable("damaged pictures")
                 number, pts = next(expected, (-1, -1))
                 if frame.pts != pts:
                     raise Unsuitable(f"the decoder gave the picture of time {frame.pts}, not {pts}")

@@ -18,7 +18,14 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from kineticlip.video.container import Unsuitable, VideoError, choose_stream, open_container
+from kineticlip.video.container import (
+    DAMAGE,
+    Unsuitable,
+    VideoError,
+    choose_stream,
+    decoding_failed,
+    open_container,
+)
 from kineticlip.video.packets import (
     Table,
     build_table,
@@ -86,29 +93,44 @@ def select_packets(
     """Reads the packets that `numbers` need from an open container; without a table, all first."""
     if table is None and os.stat(path).st_size > HELD_BYTES:
         table = read_table(path)
-    if table is None:
-        held = list(_facts(container, stream))
-        table = _proven(build_table(stream, held))
+    try:
+        if table is None:
+            held = list(_facts(container, stream))
+            table = _proven(build_table(stream, held))
+            rows = select(table, numbers)
+            return Selection(packets=[held[row][0] for row in rows], rows=rows, table=table)
         rows = select(table, numbers)
-        return Selection(packets=[held[row][0] for row in rows], rows=rows, table=table)
-    rows = select(table, numbers)
-    needed, last = set(rows.tolist()), int(rows[-1])
-    packets = []
-    for row, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
-        if row in needed:
-            packets.append(packet)
-        if row == last:
-            break
+        packets = _packets_at(container, stream, rows.tolist())
+    except Unsuitable:
+        raise
+    except DAMAGE as error:
+        decoding_failed(path, error, 0)
     if len(packets) < len(rows):
         raise VideoError(path, "has fewer packets than when it was opened")
     return Selection(packets=packets, rows=rows, table=table)
+
+
+def _packets_at(container: Any, stream: Any, rows: list[int]) -> list[Any]:
+    """The packets of these rows, ascending; reading stops after the last."""
+    needed, found = set(rows), []
+    for row, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
+        if row in needed:
+            found.append(packet)
+        if row == rows[-1]:
+            break
+    return found
 
 
 def read_table(path: str | Path) -> Table:
     """The packet table of a file. Raises Unsuitable where its pictures must be decoded to count."""
     with open_container(path) as container:
         stream = choose_stream(container, path)
-        return _proven(build_table(stream, _facts(container, stream)))
+        try:
+            return _proven(build_table(stream, _facts(container, stream)))
+        except Unsuitable:
+            raise
+        except DAMAGE as error:
+            decoding_failed(path, error, 0)
 
 
 def _facts(container: Any, stream: Any) -> Any:
