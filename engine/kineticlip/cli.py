@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "the whole path in minutes, on clips it renders itself",
     "frames": "write chosen frames of a video, by number",
     "prepare": "check the videos of a data set, write faster copies",
+    "features": "run a frozen trunk over videos once, for heads to train on",
     "classifier": "build a classifier from text, random rows or LDA",
     "convert": "rewrite a checkpoint of one code base for another",
     "info": "count the parameters and multiply-adds of a configuration",

@@ -54,6 +54,7 @@ class DataConfig:
     val_list: str = ""
     val_root: str = ""
     labels: str = ""  # label CSV with columns id,name; or one name a line
+    features: str = ""  # folder of `kineticlip features`, read in place of the videos
     frame_template: str = "img_{:05d}.jpg"
     decoder: Literal["auto", "dali", "torchcodec", "pyav"] = "auto"
     num_frames: int = 8  # T
@@ -65,6 +66,7 @@ class DataConfig:
     flip: bool = True  # mirror half of the training clips; off where direction is the label
     something: bool = False  # Something-Something: fixed frame size, label-swapping mirror
     min_frames: int = 0  # shorter entries of the training list are dropped and counted
+    val_min_frames: int = 0  # so for the list to score; 8 in official training, 0 in official tests
     shots: int = 0  # K-shot training; 0 trains on everything
     workers: int = 2  # decoding threads of one process
 
@@ -144,6 +146,7 @@ class XClipConfig:
     """X-CLIP: message tokens, frame integration, text conditioned on the video."""
 
     integration_layers: int = 1  # of the transformer over frame embeddings
+    integration_heads: int = 0  # 0: one for every 64 of the width
     prompt_layers: int = 2  # of the cross-attention from text to patches
     prompt_heads: int = 8
     prompt_scale: float = 1e-4  # initial weight of what the video adds to the text

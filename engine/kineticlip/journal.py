@@ -82,7 +82,7 @@ class Journal:
         if not lines:
             self._write(header)
             return [], len(found)
-        difference = _first_difference(lines[0], json.loads(json.dumps(header)))
+        difference = first_difference(lines[0], json.loads(json.dumps(header)))
         if difference:
             raise UserError(
                 f"{self.path}: belongs to another run: {difference}; "
@@ -97,6 +97,20 @@ class Journal:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+
+
+def read_journal(path: Path) -> list[Json]:
+    """Header and whole lines of a journal that another process may be writing.
+
+    Raises UserError where there is none.
+    """
+    try:
+        lines = _whole_lines(path.read_bytes())[0]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not lines:
+        raise UserError(f"{path}: is empty, or no journal")
+    return lines
 
 
 def dump_json(value: object, *, indent: int | None = None) -> bytes:
@@ -143,11 +157,11 @@ def _whole_lines(data: bytes) -> tuple[list[Json], int]:
     return lines, length
 
 
-def _first_difference(there: object, here: object, where: str = "") -> str:
+def first_difference(there: object, here: object, where: str = "") -> str:
     """`key.subkey is 1 there and 3 here`, or nothing when both are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(there.keys() | here.keys()):
-            difference = _first_difference(there.get(key), here.get(key), f"{where}.{key}")
+            difference = first_difference(there.get(key), here.get(key), f"{where}.{key}")
             if difference:
                 return difference
         return ""

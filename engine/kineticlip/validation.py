@@ -16,7 +16,7 @@ from kineticlip.config import Config, ViewConfig
 from kineticlip.dataset import Entry, scoring_list
 from kineticlip.distributed import Ranks, gather
 from kineticlip.evaluate import Scored, default_chunk, prepare, score_stream
-from kineticlip.features import FeatureViews, open_store
+from kineticlip.feature_cache import FeatureViews, open_store
 from kineticlip.loader import TestLoader
 from kineticlip.methods.method import Method
 from kineticlip.metrics import mean_average_precision, topk_accuracy
@@ -97,6 +97,6 @@ class Validation:
             targets = np.zeros_like(scores)
             for row, entry in zip(targets, entries, strict=True):
                 row[list(entry.labels if entry.labels is not None else (entry.label,))] = 1
-            return {"mAP": 100 * mean_average_precision(scores, targets)}
+            return {"mAP": mean_average_precision(scores, targets)}
         labels = [entry.label for entry in entries]
         return {f"top{k}": topk_accuracy(scores, labels, k=k) for k in (1, 5)}

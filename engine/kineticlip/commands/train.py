@@ -120,10 +120,11 @@ def _train(config: Config, ranks: Ranks, resume: str) -> int:
 
     from kineticlip.dataset import read_labels, training_list
     from kineticlip.distributed import gather, initialise
-    from kineticlip.features import FeatureClips, open_store
+    from kineticlip.feature_cache import FeatureClips, open_store
     from kineticlip.journal import dump_json, write_atomic
     from kineticlip.loader import TrainLoader
     from kineticlip.methods import method_named
+    from kineticlip.protocols import write_few_shot
     from kineticlip.train import train
     from kineticlip.validation import Validation
 
@@ -135,18 +136,20 @@ def _train(config: Config, ranks: Ranks, resume: str) -> int:
     method = method_named(config.method)
     device = initialise(ranks)
     model = method.build(config, class_names)
-    share = {"rank": ranks.rank, "world": ranks.world_size}
     loader: TrainLoader | FeatureClips
     if config.data.features:
         store = open_store(config, method, model, any_views=True)
-        loader = FeatureClips(store, listed.entries, config, **share)
+        loader = FeatureClips(
+            store, listed.entries, config, rank=ranks.rank, world=ranks.world_size
+        )
     else:
         loader = TrainLoader(
             listed.entries,
             config,
             pipeline=method.pipeline,
+            rank=ranks.rank,
+            world=ranks.world_size,
             pin_memory=device.type == "cuda",
-            **share,
         )
     validate = None
     if config.data.val_list:
@@ -160,6 +163,8 @@ def _train(config: Config, ranks: Ranks, resume: str) -> int:
         )
     if ranks.is_first:
         print(listed.summary(), file=sys.stderr)
+        if config.data.shots:
+            print(f"few-shot videos: {write_few_shot(config, listed.entries)}", file=sys.stderr)
     outcome = train(
         config,
         method,

@@ -149,9 +149,15 @@ def apply_header(header: nn.Module | None, frames: Tensor) -> Tensor:
     return out
 
 
+def encode_images(visual: nn.Module, images: Tensor) -> Tensor:
+    """Images [M, 3, S, S] -> [M, E]; rows [M, E] are embeddings already (data.features)."""
+    embeddings: Tensor = images if images.ndim == 2 else visual(images)
+    return embeddings
+
+
 def encode_frames(visual: nn.Module, pixels: Tensor) -> Tensor:
     """Clips [B, T, 3, S, S] -> frame embeddings [B, T, E], [B, 1, E] from joint attention."""
-    embeddings: Tensor = visual(pixels.flatten(0, 1))
+    embeddings = encode_images(visual, pixels.flatten(0, 1))
     clips: Tensor = embeddings.unflatten(0, (len(pixels), -1))
     return clips
 
@@ -171,7 +177,9 @@ def encode_views(
         views = torch.cat([encode_frames(visual, batch).float() for batch in clips])
         return list(views.split([video.num_views for video in videos]))
     images = [video.images.flatten(0, 1) for video in videos]  # [U * V, 3, S, S]
-    encoded = torch.cat([visual(batch).float() for batch in torch.cat(images).split(chunk)])
+    encoded = torch.cat(
+        [encode_images(visual, batch).float() for batch in torch.cat(images).split(chunk)]
+    )
     parts = encoded.split([len(rows) for rows in images])
     return [
         gather_views(rows.unflatten(0, video.images.shape[:2]), video)
