@@ -188,3 +188,25 @@ def test_trimmed_streams_are_upright_for_no_one(clip: Clip) -> None:
     trimmed = trim(clip("h264_turned"), [5])
     with av.open(io.BytesIO(trimmed.data)) as container:
         assert next(container.decode(video=0)).rotation == 0
+
+
+def test_damaged_pictures_are_those_of_a_plain_read(clip: Clip, tmp_path: Path) -> None:
+    """What the decoder puts in the place of damage depends on what it decoded before."""
+    path = tmp_path / "damaged.mp4"
+    content = bytearray(clip("h264").read_bytes())
+    with av.open(str(clip("h264"))) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][24]
+        content[packet.pos + 40 : packet.pos + packet.size] = b"\xaa" * (packet.size - 40)
+    path.write_bytes(content)
+    count, plain = read_plainly(path)
+    video = open_video(path)
+    assert video.num_frames == count == 40
+    np.testing.assert_array_equal(video.read([5, 27]), [plain[5], plain[27]])
+    assert video.notes == ["read in sequence: damaged pictures"]
+
+
+def test_a_codec_that_ffmpeg_does_not_know_is_an_error(clip: Clip, tmp_path: Path) -> None:
+    path = tmp_path / "unknown.mp4"
+    path.write_bytes(clip("h264").read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(VideoError, match="codec is unknown to FFmpeg"):
+        open_video(path)
