@@ -212,7 +212,12 @@ def test_few_shot_lists_are_lists_again(tmp_path: Path) -> None:
     path = write_few_shot(Config(output=str(tmp_path / "run")), chosen)
     assert path == tmp_path / "run" / "few_shot.txt"
     again = read_list(path, tmp_path).entries
-    assert len(again) == 6 and set(again) == set(chosen)
+    assert len(again) == 6 and {(e.name, e.label) for e in again} == {
+        (e.name, e.label) for e in chosen
+    }
+    assert write_few_shot(Config(output=str(tmp_path / "run")), chosen) == path
+    with pytest.raises(UserError, match="another run's few-shot videos"):
+        write_few_shot(Config(output=str(tmp_path / "run")), few_shot(entries, 2, 8))
 
 
 def failure(capsys: pytest.CaptureFixture[str], out: Path, *words: str) -> str:
@@ -281,6 +286,10 @@ def test_lists_and_labels_that_do_not_fit(
     assert status == 0 and "2 without frames left out (v0, ...)" in err
     assert "entries without frames: 2" in stdout and "1 videos of 6 classes" in stdout
     assert read_results(out).summary["videos"] == 1
+    words[words.index("--list") + 1] = str(videos / "list.txt")
+    words += ["--fresh", "--set", "data.val_min_frames=4"]
+    status, _, err = run(capsys, *words)
+    assert status == 2 and "12 with fewer than 4 frames left out" in err
 
 
 def test_a_classifier_file_of_other_classes(

@@ -350,8 +350,10 @@ def training_list(config: Config, num_classes: int) -> VideoList:
 
 
 def scoring_list(config: Config, num_classes: int) -> VideoList:
-    """data.val_list, every video of it: short ones are scored too."""
+    """data.val_list; short videos are scored too unless data.val_min_frames leaves them out."""
     data = config.data
     if not data.val_list:
         raise UserError("data.val_list is not set: evaluation needs a list of videos")
-    return read_list(data.val_list, data.val_root, num_classes=num_classes)
+    return read_list(
+        data.val_list, data.val_root, num_classes=num_classes, min_frames=data.val_min_frames
+    )

@@ -171,12 +171,18 @@ def describe_splits(combined: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def write_few_shot(config: Config, entries: Sequence[Entry]) -> Path:
-    """Lists the K-shot subset of a run in its folder, each video once, as a list file again."""
+    """Lists the K-shot subset of a run in its folder, each video once, as a list file again.
+
+    UserError where the folder lists another subset already: it is another run's.
+    """
     path = config.output_dir / FEW_SHOT_LIST
     lines = []
     for entry in dict.fromkeys(entries):
         name = f'"{entry.name}"' if re.search(r"\s", entry.name) else entry.name
         frames = f" {entry.num_frames}" if entry.num_frames >= 0 else ""
         lines.append(f"{name}{frames} {entry.label}\n")
-    write_atomic(path, "".join(lines).encode())
+    text = "".join(lines)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{path}: another run's few-shot videos; choose another output")
+    write_atomic(path, text.encode())
     return path

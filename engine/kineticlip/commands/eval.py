@@ -183,7 +183,7 @@ def evaluate_list(
     if not entries:
         raise UserError(f"{config.data.val_list}: no video to score; {listed.summary()}")
     check_protocols(metrics, entries)
-    if listed.empty:
+    if listed.empty or listed.short:
         print(listed.summary(), file=sys.stderr)
     recognizer = load_recognizer(config, class_names, device=pick_device())
     listing = [(entry.name, entry.label) for entry in entries]
@@ -224,6 +224,8 @@ def evaluate_list(
         extra: dict[str, Any] = {}
         if listed.empty:
             extra["entries_without_frames"] = len(listed.empty)
+        if listed.short:
+            extra["entries_left_out_as_short"] = len(listed.short)
         if metrics:
             found = collect(
                 writer.scores(), entries, world_size=official_processes, batch_size=official_batch
