@@ -151,7 +151,7 @@ def import_deepspeed() -> ModuleType:
 
     logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)
     # DeepSpeed asks this table for one op, shared-memory collectives on CPUs, which only inference
     # would use: compiled on first use (20 s, hangs on a stale lock), it leaves 69 MB a rank in
