@@ -17,7 +17,22 @@ _MEDIA = ("a photo of", "a video of", "a example of", "a demonstration of")
 _VERBS = ("using", "doing", "during", "performing", "practicing")
 _ACTIONS = ("{}", "a person {}", *(f"a person {verb} {{}}" for verb in _VERBS))
 
+# ActionCLIP's sixteen, whose wording decides its numbers.
+_ACTIONCLIP = (
+    *(f"a {picture} of action {{}}" for picture in ("photo", "picture")),
+    "Human action of {}",
+    *(f"{{}}{ending}" for ending in (", an action", " this is an action", ", a video of action")),
+    "Playing action of {}",
+    "{}",
+    *(f"{verb} a kind of action, {{}}" for verb in ("Playing", "Doing")),
+    "Look, the human is {}",
+    "Can you recognize the action of {}?",
+    *(f"{medium} of {{}}" for medium in ("Video classification", "A video")),
+    *(f"The {who} is {{}}" for who in ("man", "woman")),
+)
+
 ENSEMBLES = {
+    "actionclip": _ACTIONCLIP,
     "clip-kinetics": tuple(f"{medium} {action}." for medium in _MEDIA for action in _ACTIONS),
 }
 

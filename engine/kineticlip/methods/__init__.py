@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from kineticlip.errors import UserError, did_you_mean
+from kineticlip.methods.actionclip import ACTIONCLIP
 from kineticlip.methods.bike import BIKE
 from kineticlip.methods.contrastive import CONTRASTIVE
 from kineticlip.methods.evl import EVL_METHOD
 from kineticlip.methods.method import Method
+from kineticlip.methods.openvclip import OPENVCLIP
 from kineticlip.methods.text4vis import TEXT4VIS
+from kineticlip.methods.vificlip import VIFICLIP
 from kineticlip.methods.vitaclip import VITACLIP
+from kineticlip.methods.xclip import XCLIP_METHOD
 
 METHODS: dict[str, Method] = {
     "text4vis": TEXT4VIS,
@@ -16,6 +20,10 @@ METHODS: dict[str, Method] = {
     "bike": BIKE,
     "evl": EVL_METHOD,
     "vitaclip": VITACLIP,
+    "xclip": XCLIP_METHOD,
+    "vificlip": VIFICLIP,
+    "actionclip": ACTIONCLIP,
+    "openvclip": OPENVCLIP,
 }
 
 

@@ -23,13 +23,13 @@ from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.formats import load_into
 from kineticlip.methods.clips import embed_distinct, view_scores
-from kineticlip.methods.contrastive import online_tower
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.prompts_text import Placeholders, TextPrompts, clean, new_context
 from kineticlip.methods.prompts_vision import VisionPrompts
 from kineticlip.methods.text4vis import LOGIT_SCALE
+from kineticlip.methods.text_side import adopt_text_tower, own_text_tower, under
 from kineticlip.methods.trunk import FrozenTensors, build_visual, cosine_logits, seeded
-from kineticlip.text import encode_embedded, text_tower
+from kineticlip.text import encode_embedded
 from kineticlip.weights import Weights, resolve_weights
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ class VitaCLIP(nn.Module):
     several micro-batches computes them without gradients first and with gradients at its last
     one, and evaluation once. rows [C, E]: features of the classes in place of learned words.
     """
+
+    token_embedding: nn.Module
+    text_projection: Tensor
 
     def __init__(
         self,
@@ -60,12 +63,7 @@ class VitaCLIP(nn.Module):
         self.untrained: tuple[str, ...] = ()
         frozen = {} if rows is None else {"rows": F.normalize(rows.float(), dim=-1)}
         if learner is not None:
-            frozen["attn_mask"] = tower.attn_mask
-            self.token_embedding = tower.token_embedding
-            self.positional_embedding = tower.positional_embedding
-            self.transformer = tower.transformer
-            self.ln_final = tower.ln_final
-            self.text_projection = tower.text_projection
+            frozen["attn_mask"] = adopt_text_tower(self, tower)
         self.frozen = FrozenTensors(**frozen)
         self._kept: Tensor | None = None  # unit rows, for evaluation
         self._features: Tensor | None = None  # of a step whose last micro-batch is to come
@@ -155,7 +153,7 @@ def vita_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
     visual.requires_grad_(False)
     tensors = weights.tensors if weights.path is not None else {}
     missing = [] if weights.path is not None else ["visual"]
-    prompts, trained = _vision_prompts(config, weights, _under("prompts.", tensors))
+    prompts, trained = _vision_prompts(config, weights, under("prompts.", tensors))
     prompts.check_frames(config.data.num_frames)
     if not trained:
         missing.append("prompts")
@@ -166,7 +164,7 @@ def vita_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
             names = [clean(name) for name in names]
         parts["rows"] = build_classifier(config, names, weights=weights).matrix
     else:
-        tower = _text_tower(config, weights, tensors).requires_grad_(False)
+        tower = own_text_tower(config, weights, tensors).requires_grad_(False)
         parts = {"tower": tower, "learner": _text_prompts(config, weights, class_names, tower)}
         if "prompt_learner.ctx" not in tensors:
             missing.append("prompt_learner")
@@ -176,14 +174,6 @@ def vita_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
         with torch.no_grad():
             model.logit_scale.copy_(tensors["logit_scale"])
     return model
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 # vitaclip key -> the parameters that are there only if it is on
@@ -235,13 +225,6 @@ def _vision_prompts(
     return prompts, True
 
 
-def _text_tower(config: Config, weights: Weights, tensors: Mapping[str, Tensor]) -> Any:
-    """That of the weights, which never trains; of classifier.text_weights where they have none."""
-    if "token_embedding.weight" in tensors:
-        return text_tower(weights.model.text, weights.clip)
-    return online_tower(config, weights)
-
-
 def _text_prompts(
     config: Config, weights: Weights, class_names: Sequence[str], tower: Any
 ) -> TextPrompts:
@@ -265,7 +248,7 @@ def _text_prompts(
             position=options.position,
         )
     if weights.path is not None and "prompt_learner.ctx" in weights.tensors:
-        trained = _under("prompt_learner.", weights.tensors)
+        trained = under("prompt_learner.", weights.tensors)
         _check_context(config, weights.source, trained, context, rows, tower.token_embedding)
         context = trained["ctx"].clone()
     return TextPrompts(rows, context, position=options.position)

@@ -1,0 +1,148 @@
+"""ActionCLIP (2021): a temporal transformer on frame embeddings, many sentences for each class.
+
+Shape letters: B clips, T frames, E embedding, C classes, P templates, n tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kineticlip.batch import Batch, VideoViews
+from kineticlip.config import Config
+from kineticlip.errors import UserError
+from kineticlip.methods.method import Method, Metrics
+from kineticlip.methods.nce import gather, matching_loss
+from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, video_model
+from kineticlip.methods.text_side import adopt_text_tower, own_text_tower
+from kineticlip.methods.trunk import (
+    FrozenTensors,
+    apply_header,
+    cosine_logits,
+    embed_views,
+    encode_frames,
+)
+from kineticlip.prompts import expand_templates, render
+from kineticlip.text import BATCH, encode_text, tokenize
+from kineticlip.weights import resolve_weights
+
+
+class ActionCLIP(nn.Module):
+    """Text4Vis's video side, and a text tower that trains with it, under OpenAI's names.
+
+    tokens: [P, C, n], every class in every template.
+    """
+
+    text_projection: Tensor
+
+    def __init__(
+        self, video: VideoCLIP, tower: Any, tokens: Tensor, class_names: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.visual, self.fusion_model = video.visual, video.fusion_model
+        self.logit_scale = video.logit_scale
+        self.per_clip, self.untrained = video.per_clip, video.untrained
+        self.class_names = tuple(class_names)
+        self.frozen = FrozenTensors(attn_mask=adopt_text_tower(self, tower), tokens=tokens)
+        self._kept: Tensor | None = None
+
+    @property
+    def attn_mask(self) -> Tensor:
+        """The causal mask, in the dtype of the tower: this module can stand for one."""
+        return cast(Tensor, self.frozen.attn_mask).to(self.text_projection.dtype)
+
+    @property
+    def tokens(self) -> Tensor:
+        return cast(Tensor, self.frozen.tokens)
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Any:
+        """pixels [B, T, 3, S, S] -> probabilities [B, C]; with labels [B] loss and accuracy.
+
+        In training each clip gets one sentence of its class, in a template drawn at random.
+        """
+        frames = encode_frames(self.visual, pixels)
+        videos = apply_header(self.fusion_model, frames).mean(dim=1)  # [B, E]
+        if labels is None:
+            return self.probabilities(videos)
+        draw = torch.randint(len(self.tokens), labels.shape).to(labels.device)
+        sentences = encode_text(self, self.tokens[draw, labels]).float()  # [B, E]
+        videos, sentences, labels = gather(videos.float()), gather(sentences), gather(labels)
+        scale = self.logit_scale.float().exp()
+        logits = cosine_logits(videos, F.normalize(sentences, dim=-1), scale)  # [N, N]
+        hits = labels[logits.detach().argmax(dim=1)] == labels
+        return matching_loss(logits, labels), hits.float().mean()
+
+    def probabilities(self, videos: Tensor) -> Tensor:
+        """Video embeddings [B, E] -> [B, C]: the mean over the templates of each one's softmax."""
+        rows = self.class_rows()  # [P, C, E]
+        logits = cosine_logits(videos, rows.flatten(0, 1), TEST_SCALE)  # [B, P * C]
+        scores: Tensor = logits.unflatten(1, rows.shape[:2]).softmax(dim=-1)  # [B, P, C]
+        return scores.mean(dim=1)
+
+    def class_rows(self) -> Tensor:
+        """Unit features of every sentence [P, C, E]; encoded once after the last step."""
+        if self._kept is None:
+            with torch.inference_mode(False), torch.no_grad():
+                parts = [encode_text(self, t) for t in self.tokens.flatten(0, 1).split(BATCH)]
+                rows = F.normalize(torch.cat(parts).float(), dim=-1)
+                self._kept = rows.unflatten(0, self.tokens.shape[:2])
+        assert self._kept is not None
+        return self._kept
+
+    def train(self, mode: bool = True) -> ActionCLIP:
+        """As always; the sentences will be encoded again, since weights may have changed."""
+        self._kept = None
+        super().train(mode)
+        return self
+
+
+def build(config: Config, class_names: Sequence[str]) -> ActionCLIP:
+    """The model of a configuration; its header is `text4vis.header`."""
+    weights = resolve_weights(config.model.arch, config.model.weights)
+    tensors = weights.tensors if weights.path is not None else {}
+    video = video_model(config, weights)
+    tower = own_text_tower(config, weights, tensors)
+    tower.requires_grad_(config.actionclip.train_text)
+    context = weights.model.text.context
+    templates = expand_templates(config.actionclip.templates)
+    if not templates:
+        raise UserError("actionclip.templates: there is none")
+    tokens = [tokenize(render(template, class_names), context) for template in templates]
+    return ActionCLIP(video, tower, torch.stack(tokens), class_names)
+
+
+def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
+    """KL divergence in both directions; clips of one class are each other's positives."""
+    if batch.labels.is_floating_point():
+        raise UserError("method actionclip: clips with several labels are not supported")
+    value, accuracy = model(batch.pixels, batch.labels)
+    return value, {"accuracy": accuracy}
+
+
+def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
+    """Probabilities [len(videos), C] from the mean of a video's raw view embeddings."""
+    assert isinstance(model, ActionCLIP)
+    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
+    return model.probabilities(torch.stack([rows.mean(dim=0) for rows in views]))
+
+
+def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Both CLIP towers at lr * clip_ratio, the header at lr; every parameter decays."""
+    clip: list[nn.Parameter] = []
+    new: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (new if name.startswith("fusion_model.") else clip).append(parameter)
+    options = config.optim
+    groups = [
+        {"name": "clip", "params": clip, "lr": options.lr * options.clip_ratio},
+        {"name": "new", "params": new, "lr": options.lr},
+    ]
+    return [{**group, "weight_decay": options.weight_decay} for group in groups if group["params"]]
+
+
+ACTIONCLIP = Method(build=build, loss=loss, score=score, param_groups=param_groups)
