@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -308,16 +310,45 @@ def test_a_classifier_file_of_other_classes(
     assert "no row for 2 of 6 classes" in line
 
 
+def train_config(videos: Path, folder: Path, shots: int) -> Path:
+    path = folder / "train.yaml"
+    path.write_text(
+        f"output: {folder / 'run'}\n"
+        f"data:\n  train_list: {videos / 'list.txt'}\n  train_root: {videos}\n"
+        f"  labels: {videos / 'labels.txt'}\n  shots: {shots}\n"
+        "  resolution: 64\n  num_frames: 2\n  workers: 1\n"
+        "model:\n  arch: ViT-tiny-16\n  weights: random\n"
+        "text4vis:\n  header: mean\n"
+        "train:\n  epochs: 1\n  batch_size: 6\n  micro_batch_size: 6\n  precision: fp32\n"
+        "optim:\n  warmup_epochs: 0\n"
+    )
+    return path
+
+
+def test_a_few_shot_run_lists_its_videos_and_can_be_evaluated(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own: DeepSpeed keeps its process groups for good."""
+    config = train_config(videos, tmp_path, 1)
+    command = [sys.executable, "-m", "kineticlip", "train", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    listed = read_list(tmp_path / "run" / "few_shot.txt", videos).entries
+    chosen = few_shot(read_list(videos / "list.txt", videos).entries, 1, Config().seed)
+    assert len(listed) == 6 and {e.name for e in listed} == {e.name for e in chosen}
+    assert "2 steps; weights:" in done.stdout
+    words = evaluation(videos, tmp_path / "out", "--metrics", "zero-shot")
+    words[words.index("random")] = str(tmp_path / "run" / "weights.safetensors")
+    status, out, err = run(capsys, *words, "--json", tiny=False)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["scored"] == 12 and found["extra"]["zero_shot_top1"] == found["top1"]
+
+
 def test_more_shots_than_a_class_has(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tmp_path / "train.yaml"
-    config.write_text(
-        f"output: {tmp_path / 'run'}\n"
-        f"data:\n  train_list: {videos / 'list.txt'}\n  train_root: {videos}\n"
-        f"  labels: {videos / 'labels.txt'}\n  shots: 3\n"
-        "model:\n  weights: random\n"
-    )
+    config = train_config(videos, tmp_path, 3)
     line = failure(capsys, tmp_path / "run", "train", "--config", str(config))
     assert "data.shots=3: class 0 has only 2 videos (v0, ...)" in line
     assert load_config(config).data.shots == 3
