@@ -6,6 +6,7 @@ Sizes, cases, runs and seeds are read from the files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,8 @@ PARTS: dict[str, Part] = {
     "train": loop_checks,
 }
 
+APART = ("nce", "train")  # they wait for processes of their own, and run beside the others
+
 
 def parts(golden: Golden) -> dict[str, Part]:
     """What there is to replay in a folder, by name: its model cases, then PARTS."""
@@ -66,7 +69,16 @@ def parts(golden: Golden) -> dict[str, Part]:
 
 
 def checks(folder: Path) -> Iterator[Check]:
-    """Every comparison over a folder of recorded outputs, in order, as it is made."""
+    """Every comparison over a folder of recorded outputs, as it is made, those of APART last."""
     golden = Golden(folder)
-    for part in parts(golden).values():
-        yield from part(golden)
+    every = parts(golden)
+    with ThreadPoolExecutor(1) as beside:
+        waiting = [
+            beside.submit(lambda part: list(part(golden)), every.pop(name))
+            for name in APART
+            if name in every
+        ]
+        for part in every.values():
+            yield from part(golden)
+        for future in waiting:
+            yield from future.result()
