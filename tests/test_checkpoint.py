@@ -220,6 +220,7 @@ def test_exported_weights_say_what_they_are(tmp_path: Path) -> None:
         step=7,
         classifier={"source": "text", "rows": 2},
     )
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o644
     loaded = load_weights(tmp_path / "weights.safetensors")
     assert loaded.class_names == ("riding a bike", "na\u00efve 'quote'")
     assert (loaded.step, loaded.classifier) == (7, {"source": "text", "rows": 2})

@@ -379,3 +379,15 @@ def test_the_official_gradient_of_the_first_batch() -> None:
         if parameter.grad is not None
     }
     assert norms == pytest.approx(golden["grad_norm"], rel=3e-4, abs=1e-6)
+
+
+def test_monitors_get_every_number(tmp_path: Path, device: torch.device) -> None:
+    """DeepSpeed's own monitors know neither the loss nor the step."""
+    monitor = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}}
+    (tmp_path / "ds.json").write_text(json.dumps(monitor))
+    config = toy_config(tmp_path / "run", deepspeed=str(tmp_path / "ds.json"))
+    run(config, device, validate=lambda model, step: {"top1": 0.5})
+    lines = (tmp_path / "csv" / "train_loss.csv").read_text().split()[1:]
+    losses = [float(line.split(",")[1]) for line in lines]
+    assert losses == pytest.approx([row["loss"] for row in rows(config.output)])
+    assert (tmp_path / "csv" / "eval_top1.csv").exists()

@@ -177,12 +177,12 @@ class _replacing:
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error.strerror}") from None
         os.close(handle)
-        os.chmod(name, 0o644)
         self._temporary = Path(name)
         return self._temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
+            os.chmod(self._temporary, 0o644)  # safetensors makes the file anew, for its owner only
             os.replace(self._temporary, self._path)
         else:
             self._temporary.unlink(missing_ok=True)
