@@ -122,7 +122,11 @@ def test_scores_are_means_over_distinct_clips(pair: tuple[torch.nn.Module, str])
 
 
 def test_all_of_it_trains() -> None:
-    model = build(tiny(), ("red ball", "blue_ball")).train()
+    frozen = build(tiny(), ("red ball", "blue_ball"))
+    held = {name for name, p in frozen.named_parameters() if not p.requires_grad}
+    assert "text_projection" in held and not any(name.startswith("visual.") for name in held)
+    settings = override(tiny(), ["xclip.train_text=true"])
+    model = build(settings, ("red ball", "blue_ball")).train()
     assert model.untrained == ("visual", *NEW)
     batch = Batch(
         pixels=torch.randint(0, 256, (2, 2, 3, 64, 64)).to(torch.uint8),

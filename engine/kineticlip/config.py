@@ -150,6 +150,7 @@ class XClipConfig:
     prompt_layers: int = 2  # of the cross-attention from text to patches
     prompt_heads: int = 8
     prompt_scale: float = 1e-4  # initial weight of what the video adds to the text
+    train_text: bool = False  # the text tower; the released runs keep it as it is
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,6 +139,28 @@ def _vitaclip(config: Config, model: Architecture, classes: int) -> list[Part]:
     return [part for part in parts if options.text == "prompts" or part.name != "text prompts"]
 
 
+def _vificlip(config: Config, model: Architecture, classes: int) -> list[Part]:
+    """CLIP's towers and nothing else; which of them train is the configuration's choice."""
+    from kineticlip.info import text, text4vis
+
+    def trains(part: Part) -> bool:
+        return config.vificlip.train_text if part.once else config.vificlip.train_visual
+
+    parts = [*text4vis(model, config.data.num_frames, header_layers=0), text(model.text, classes)]
+    return [replace(part, trained=part.parameters if trains(part) else 0) for part in parts]
+
+
+def _actionclip(config: Config, model: Architecture, classes: int) -> list[Part]:
+    """Text4Vis's parts; the text tower trains too, and reads every class in every template."""
+    from kineticlip.info import text
+    from kineticlip.prompts import expand_templates
+
+    sentences = classes * len(expand_templates(config.actionclip.templates))
+    tower = text(model.text, sentences)
+    trained = tower.parameters if config.actionclip.train_text else 0
+    return [*_text4vis(config, model, classes)[:-1], replace(tower, trained=trained)]
+
+
 # method -> its parts for a configuration, an architecture and a number of classes
 PARTS: dict[str, Callable[[Config, Architecture, int], list[Part]]] = {
     "text4vis": _text4vis,
@@ -146,6 +168,8 @@ PARTS: dict[str, Callable[[Config, Architecture, int], list[Part]]] = {
     "bike": _text4vis,
     "evl": _evl,
     "vitaclip": _vitaclip,
+    "vificlip": _vificlip,
+    "actionclip": _actionclip,
 }
 
 

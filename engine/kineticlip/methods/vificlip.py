@@ -49,17 +49,11 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Everything at one learning rate; vectors and scalars do not decay."""
+    """One group with everything that trains; all of it decays, as in the official code."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options = config.optim
-    groups = (
-        ("matrices", [p for p in trained if p.dim() > 1], options.weight_decay),
-        ("vectors", [p for p in trained if p.dim() <= 1], 0.0),
-    )
     return [
-        {"name": name, "params": params, "lr": options.lr, "weight_decay": decay}
-        for name, params, decay in groups
-        if params
+        {"name": "clip", "params": trained, "lr": options.lr, "weight_decay": options.weight_decay}
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -162,6 +163,8 @@ def vita_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
         names = [*class_names]
         if not config.classifier.source.endswith(SUFFIX):
             names = [clean(name) for name in names]
+        if "token_embedding.weight" in tensors:  # CLIP's own text tower, as it never trains
+            config = replace(config, classifier=replace(config.classifier, text_weights=""))
         parts["rows"] = build_classifier(config, names, weights=weights).matrix
     else:
         tower = own_text_tower(config, weights, tensors).requires_grad_(False)

@@ -220,9 +220,9 @@ class XCLIP(nn.Module):
         return videos, patches
 
     def class_features(self) -> Tensor:
-        """Text features [C, E], not normalised; in evaluation encoded once."""
+        """Text features [C, E], not normalised; encoded once where the tower does not train."""
         tokens = cast(Tensor, self.frozen.tokens)
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and self.text_projection.requires_grad:
             return encode_text(self, tokens)
         if self._kept is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -260,12 +260,13 @@ def xclip_model(
     if embed % heads:
         raise UserError(f"xclip.prompt_heads: {heads} heads do not divide a width of {embed}")
     visual = build_visual(config, weights)
+    tower = own_text_tower(config, weights, tensors).requires_grad_(config.xclip.train_text)
     with seeded(config.seed):
         model = XCLIP(
             visual,
             weights.model,
             config,
-            tower=own_text_tower(config, weights, tensors),
+            tower=tower,
             tokens=tokens,
             frames=config.data.num_frames,
             class_names=class_names,
