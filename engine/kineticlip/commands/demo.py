@@ -27,7 +27,7 @@ SPLITS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="demo-output", metavar="DIR", help="where to work")
     parser.add_argument(
-        "--clips", type=int, default=40, metavar="N", help="training clips per class (40)"
+        "--clips", type=int, default=50, metavar="N", help="training clips per class (50)"
     )
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="training ranks (2)")
     parser.add_argument(
