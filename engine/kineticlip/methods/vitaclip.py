@@ -284,7 +284,7 @@ def _check_context(
     if not same:
         raise UserError(
             f"data.labels: {source} has learned words for {len(found)} other classes; for new ones "
-            "set vitaclip.text=classifier, which scores class names as they are"
+            "set vitaclip.text=classifier and classifier.template=name: class names as they are"
         )
 
 

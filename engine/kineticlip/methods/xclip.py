@@ -26,7 +26,7 @@ from kineticlip.methods.text4vis import LOGIT_SCALE
 from kineticlip.methods.text4vis import loss as cross_entropy
 from kineticlip.methods.text_side import adopt_text_tower, own_text_tower, under
 from kineticlip.methods.trunk import FrozenTensors, build_visual, seeded
-from kineticlip.prompts import render
+from kineticlip.prompts import expand_templates, render
 from kineticlip.text import BATCH, encode_text, tokenize
 from kineticlip.transformer import Block, LayerNorm, Transformer
 from kineticlip.weights import Weights, resolve_weights
@@ -245,7 +245,8 @@ def build(config: Config, class_names: Sequence[str]) -> XCLIP:
     """The model of a configuration; weights of CLIP, or of transformers' XCLIPModel."""
     weights = resolve_weights(config.model.arch, config.model.weights)
     context = weights.model.text.context
-    sentences = render(config.classifier.template, [clean(name) for name in class_names])
+    template = expand_templates((config.classifier.template,))[0]
+    sentences = render(template, [clean(name) for name in class_names])
     return xclip_model(config, weights, tokenize(sentences, context), class_names)
 
 
