@@ -114,7 +114,7 @@ def write_clip(path: Path, frames: NDArray[np.uint8]) -> None:
         stream = container.add_stream("libx264", rate=RATE)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
-        # With macroblock trees x264 does not repeat to the bit (3 files of 30 encodings, PyAV 18.1).
+        # With macroblock trees x264 does not repeat to the bit (3 files from 30 runs, PyAV 18.1).
         options = {"crf": "20", "preset": "veryfast", "g": "8", "x264-params": "mbtree=0"}
         stream.options = options
         for frame in frames:
