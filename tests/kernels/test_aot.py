@@ -1,8 +1,8 @@
 """Every kernel in every committed configuration, compiled for three generations of GPUs.
 
-What a launch would load is assembled and disassembled: no spilled registers, no more shared
-memory than a block can have, tensor-core instructions where products bound a kernel, 128-bit
-accesses where memory does. `aot_compile.py` prints the same as a table.
+What a launch would load is inspected: no spilled registers, no more shared memory than a block
+can have, tensor-core instructions where products bound a kernel, 128-bit accesses where memory
+does. `aot_compile.py` prints the same as a table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kineticlip_kernels import tuning
 
 HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORES = {80: {"HMMA", "IMMA"}, 90: {"HGMMA", "QGMMA"}, 100: {"UTCHMMA", "UTCQMMA"}}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # sm_90 is what the default table was written for; other tables name one GPU, all of them sm_90.
 TARGETS = [(80, "default"), (90, "default"), (100, "default")]
 TARGETS += [(90, name) for name in tuning.tables() if name not in ("default", "interpreter")]
@@ -43,12 +43,12 @@ def test_kernels_compile_well(arch: int, table: str, pytestconfig: pytest.Config
 
 def complaints(kernel: dict[str, Any], arch: int) -> list[str]:
     found = []
-    if kernel["local"] or kernel["stack"]:
-        found.append(f"spills: stack {kernel['stack']} bytes, {kernel['local']} moves")
+    if kernel["stack"]:
+        found.append(f"spills: {kernel['stack']} bytes of stack")
     if kernel["shared"] > SHARED_LIMIT[arch]:
         found.append(f"shared memory {kernel['shared']} of {SHARED_LIMIT[arch]} bytes")
-    if kernel["kind"] == "matrix" and not TENSOR_CORES[arch] & set(kernel["matrix"]):
-        found.append(f"no {' or '.join(sorted(TENSOR_CORES[arch]))}, only {kernel['matrix']}")
+    if kernel["kind"] == "matrix" and TENSOR_CORES[arch] not in kernel["matrix"]:
+        found.append(f"no {TENSOR_CORES[arch]}, only {kernel['matrix']}")
     if kernel["kind"] == "memory" and not kernel["wide"]:
         found.append("no 128-bit access")
     return [f"sm_{arch} {kernel['case']}: {kernel['kernel']}: {problem}" for problem in found]
