@@ -102,7 +102,11 @@ class StoppingLoader(ToyLoader):
     ("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "bf16")]
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    tmp_path: Path, device: torch.device, stage: int, precision: str
+    tmp_path: Path,
+    device: torch.device,
+    stage: int,
+    precision: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Dropout draws from the random state; step 4 is done and thrown away, as after a kill."""
     whole, broken = (
@@ -114,7 +118,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         run(broken, device, model=Toy(), loader=StoppingLoader(18))
     assert [row["step"] for row in rows(broken.output)] == [1, 2, 3, 4]
     torch.manual_seed(99)
+    capsys.readouterr()
     run(broken, device, model=Toy())
+    assert "toy: goes on after step 3, from " in capsys.readouterr().err
     assert rows(broken.output) == rows(whole.output)
     ours, theirs = (
         load_weights(tmp_path / name / "weights.safetensors") for name in ("broken", "whole")

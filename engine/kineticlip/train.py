@@ -33,7 +33,7 @@ from kineticlip.errors import UserError
 from kineticlip.journal import Journal, dump_json, write_atomic
 from kineticlip.methods.method import Method
 from kineticlip.optim import Timetable, build_optimizer, epochs_of, rate_factor
-from kineticlip.train_log import StepLog, last_evaluation, open_run
+from kineticlip.train_log import METRICS, StepLog, last_evaluation, open_run
 
 WEIGHTS = "weights.safetensors"
 FINISHED = "finished.json"  # written last: a run without it did not end, whatever its exit status
@@ -136,6 +136,10 @@ def train(
                 f"{found}: an epoch had {progress.epoch_length} micro-batches there and has "
                 f"{len(loader)} now; the training list changed (data.train_list)"
             )
+    if ranks.is_first and found is not None:
+        print(f"{config.name}: goes on after step {progress.step}, from {found}", file=sys.stderr)
+    elif ranks.is_first and (config.output_dir / METRICS).exists():
+        print(f"{config.name}: no checkpoint yet, so from the start again", file=sys.stderr)
     journal = open_run(config, progress, ranks) if ranks.is_first else None
     run = _Run(
         config=config,

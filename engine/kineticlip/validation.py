@@ -42,7 +42,6 @@ class Validation:
         device: torch.device,
     ) -> None:
         self.entries: Sequence[Entry] = scoring_list(config, num_classes).entries
-        self._num_classes = num_classes
         self._method, self._ranks, self._device = method, ranks, device
         self._chunk = config.eval.batch_frames or default_chunk(device)
         view = ViewConfig(clips=1, crops=1, sampling=config.test.sampling)
