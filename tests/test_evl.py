@@ -102,6 +102,12 @@ def test_fine_tuning_the_trunk_has_the_gradients_of_a_finite_difference() -> Non
     assert slope == pytest.approx(float(gradient.norm()), rel=1e-4)
 
 
+def test_zero_stage_3_is_refused_in_one_line() -> None:
+    config = settings("train.zero_stage=3")
+    with pytest.raises(UserError, match=r"train.zero_stage: EVL trains at stages 0 to 2"):
+        EVL_METHOD.param_groups(build(config, NAMES), config)
+
+
 def test_the_key_bias_decays_without_a_gradient() -> None:
     model = build(settings(), NAMES)
     bias = model.decoder.decoder_layers[0].attn.k_proj.bias

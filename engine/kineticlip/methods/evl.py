@@ -227,7 +227,13 @@ def packs(numbers: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """One group at one rate; everything decays, biases, norms and positions too."""
+    """One group at one rate; everything decays, biases, norms and positions too.
+
+    UserError for ZeRO stage 3: a decoder layer is computed from parameters of several modules
+    whose own forwards, by which that stage gathers them, never run.
+    """
+    if config.train.zero_stage == 3:
+        raise UserError("train.zero_stage: EVL trains at stages 0 to 2; its decoder is small")
     options = config.optim
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [

@@ -81,10 +81,6 @@ class Decoder(nn.Module):
     Nothing of a block is kept but what the gradient of its layer needs.
     """
 
-    # ZeRO-3 gathers the parameters of the whole decoder when its forward begins: a layer is
-    # computed from those of several modules, whose own forwards never run.
-    _z3_leaf = True
-
     def __init__(self, shape: DecoderShape, *, kernels: Impl = "auto") -> None:
         super().__init__()
         self.shape, self.kernels = shape, kernels
