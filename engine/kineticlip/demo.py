@@ -40,9 +40,10 @@ KEPT_OUT = tuple((i, (i + step) % len(MOTIONS)) for i in range(len(THINGS)) for 
 WIDTH, HEIGHT, FRAMES, RATE = 80, 64, 16, 16
 
 ARCHITECTURE = "ViT-tiny-16"
-# Positions eight times CLIP's start: where the ball is says what it does, and a loud position
-# halves the steps until the motions are told apart (62 % instead of 44 % after 450 steps of 16).
+# Positions eight times as loud as CLIP's start: what the ball does is where it is, frame by frame.
 POSITION_GAIN = 8.0
+# Of twelve untrained text towers the one that tells the 36 sentences apart best.
+TEXT_SEED = 6
 LOGIT_SCALE = 30.0
 
 
@@ -192,7 +193,7 @@ def write_start_weights(path: Path, *, seed: int = 1) -> Path:
         torch.manual_seed(seed)
         visual = VisionTransformer(model.vision)
         visual.positional_embedding.mul_(POSITION_GAIN)
-    text = text_tower(model.text, None, seed=seed)
+    text = text_tower(model.text, None, seed=TEXT_SEED)
     tensors = {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}
     tensors |= {name: tensor for name, tensor in text.state_dict().items() if name != "attn_mask"}
     tensors["logit_scale"] = torch.tensor(math.log(LOGIT_SCALE))
