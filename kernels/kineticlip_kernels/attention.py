@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import UnsupportedInput, choose, matrix_reasons
+from kineticlip_kernels.dispatch import UnsupportedInput, choose, matrix_reasons, record_choice
 
 AttentionImpl = Literal["auto", "reference", "sdpa", "xformers", "triton"]
 Source = tuple[Tensor, Tensor]  # keys and values, each [M', n, H, K]
@@ -152,7 +152,7 @@ def choose_attention(qkv: Tensor, sources: Sequence[Source], impl: AttentionImpl
     if impl == "auto":
         return _fastest(qkv, sources)
     if impl in ("reference", "sdpa"):
-        return impl
+        return record_choice("attention", impl)
     if impl == "xformers":
         return choose("attention", impl, xformers_reasons(qkv), fast="xformers")
     if impl == "triton":
@@ -165,12 +165,14 @@ def choose_attention(qkv: Tensor, sources: Sequence[Source], impl: AttentionImpl
 def _fastest(qkv: Tensor, sources: Sequence[Source]) -> str:
     if qkv.device.type == "cpu":
         recorded = torch.is_grad_enabled() and qkv.requires_grad
-        return "chunked" if qkv.dtype == torch.bfloat16 and not recorded else "sdpa"
+        plain = "chunked" if qkv.dtype == torch.bfloat16 and not recorded else "sdpa"
+        return record_choice("attention", plain, [f"qkv is on {qkv.device.type}"])
     # SDPA is cuDNN's kernel on sm_90, but has to be handed all keys and values in one tensor:
     # copying them moves as many bytes as the attention itself. The kernel here takes them apart.
-    if sources and not attention_reasons("auto", qkv, sources):
-        return "triton"
-    return "sdpa"
+    why_not = attention_reasons("auto", qkv, sources)
+    if not sources:
+        why_not = ["no sources: sdpa needs no copies", *why_not]
+    return record_choice("attention", "sdpa" if why_not else "triton", why_not)
 
 
 def attention_reasons(impl: str, qkv: Tensor, sources: Sequence[Source]) -> list[str]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,18 +26,59 @@ class UnsupportedInput(ValueError):
     """The face asked for cannot run on these tensors; the message lists every reason."""
 
 
-def choose(op: str, impl: str, why_not: Sequence[str], *, fast: str = "triton") -> str:
-    """The face to run: `fast` under "auto" unless there is a reason against it.
+@dataclass(frozen=True)
+class Choice:
+    """One call's face, and the reasons against the faster one."""
+
+    op: str
+    face: str
+    why_not: tuple[str, ...]
+
+
+_choices: ContextVar[list[Choice] | None] = ContextVar("choices", default=None)
+
+
+@contextmanager
+def recorded_choices() -> Iterator[list[Choice]]:
+    """A list that fills with the choices made within: what runs here, and why not something else.
+
+    Calls under torch.compile are not seen.
+    """
+    choices: list[Choice] = []
+    token = _choices.set(choices)
+    try:
+        yield choices
+    finally:
+        _choices.reset(token)
+
+
+def record_choice(op: str, face: str, why_not: Sequence[str] = ()) -> str:
+    """Notes a choice for `recorded_choices`; returns face."""
+    choices = None if torch.compiler.is_compiling() else _choices.get()
+    if choices is not None:
+        choices.append(Choice(op, face, tuple(why_not)))
+    return face
+
+
+def choose(
+    op: str,
+    impl: str,
+    why_not: Sequence[str],
+    *,
+    fast: str = "triton",
+    slow: str = "reference",
+) -> str:
+    """The face to run. "auto" is `fast` unless there is a reason against it, then `slow`.
 
     Raises UnsupportedInput where `fast` was asked for by name and cannot run.
     """
     if impl == "auto":
-        return "reference" if why_not else fast
+        return record_choice(op, slow if why_not else fast, why_not)
     if impl == fast and why_not:
         raise UnsupportedInput(f"{op}: impl={fast!r} cannot run: {'; '.join(why_not)}")
-    if impl not in ("reference", fast):
+    if impl not in ("reference", fast, slow):
         raise UnsupportedInput(f"{op}: unknown impl {impl!r}; known: auto, reference, {fast}")
-    return impl
+    return record_choice(op, impl)
 
 
 def triton_reasons(impl: str, **tensors: Tensor) -> list[str]:

@@ -212,9 +212,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _choose(op: str, impl: EvlImpl, why_not: Sequence[str]) -> str:
-    if impl == "lean" or (impl == "auto" and why_not):
-        return "lean"
-    return choose(op, impl, why_not)
+    return choose(op, impl, why_not, slow="lean")
 
 
 def _check_displacement(

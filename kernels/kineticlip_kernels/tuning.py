@@ -50,6 +50,12 @@ def read_table(name: str) -> dict[str, list[dict[str, int]]]:
     return table if name in ("default", "interpreter") else read_table("default") | table
 
 
+def status(name: str) -> str:
+    """Where the numbers of a table come from."""
+    table = json.loads((CONFIGS / f"{name}.json").read_text())
+    return str(table.get("status", "chosen for every GPU, measured on none"))
+
+
 @functools.cache
 def _find(table: str, kernel: str, sizes: tuple[tuple[str, int], ...]) -> Blocks:
     for row in read_table(table)[kernel]:
