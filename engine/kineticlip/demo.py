@@ -106,7 +106,8 @@ def render_clip(thing: int, motion: int, rng: np.random.Generator) -> NDArray[np
     shade = np.clip(1.1 - 0.35 * distance / radius[:, None, None], 0.6, 1.1)[..., None]
     clip = ground * (1 - inside) + colour * shade * inside
     clip = clip + rng.normal(0, 4, clip.shape)
-    return np.clip(clip, 0, 255).astype(np.uint8)  # [F, H, W, 3]
+    pixels: NDArray[np.uint8] = np.clip(clip, 0, 255).astype(np.uint8)  # [F, H, W, 3]
+    return pixels
 
 
 def write_clip(path: Path, frames: NDArray[np.uint8]) -> None:
