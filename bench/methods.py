@@ -1,6 +1,6 @@
 """What the engine's form of a method's own layers saves over writing the formulas down.
 
-    python bench/methods.py evl [--arch ViT-B-16] [--frames 8] [--clips 1] [--json]
+    python bench/methods.py evl [--arch ViT-B-16] [--frames 8] [--clips 1] [--threads 1] [--json]
 
 evl: the decoder on recorded taps of the trunk, forward and backward, against the same maths with
 keys and values projected and the offset weights gathered for every pair of patches. Both are
@@ -31,6 +31,7 @@ from kineticlip.measure import machine_record, software_record
 from kineticlip.methods.evl_decoder import Decoder, decoder_shape
 from kineticlip.transformer import Tap
 from kineticlip_kernels.evl import offsets
+from methods_vitaclip import vitaclip
 
 Step = Callable[[], Tensor]
 FACES = ("straightforward", "engine")
@@ -175,11 +176,13 @@ def evl(arch: str, frames: int, clips: int, rounds: int) -> dict[str, Any]:
         for face, (decoder, _) in steps.items()
     }
     seconds: dict[str, list[float]] = {face: [] for face in FACES}
+    cpu: dict[str, list[float]] = {face: [] for face in FACES}
     for _ in range(rounds):
         for face, (_, step) in steps.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             step()
             seconds[face].append(time.perf_counter() - start)
+            cpu[face].append(time.process_time() - busy)
     return {
         "what": f"EVL decoder, {arch}, {frames} frames, {clips} clips, forward and backward, fp32",
         "threads": torch.get_num_threads(),
@@ -192,6 +195,7 @@ def evl(arch: str, frames: int, clips: int, rounds: int) -> dict[str, Any]:
             ),
         },
         "seconds": {face: _spread(values) for face, values in seconds.items()},
+        "cpu_seconds": {face: _spread(values) for face, values in cpu.items()},
         "peak_megabytes": {face: _peak(face, arch, frames, clips) for face in FACES},
         "multiply_adds": evl_counts(arch, frames, clips),
     }
@@ -281,22 +285,29 @@ def as_text(name: str, found: Mapping[str, Any]) -> str:
     lines = [f"{name}: {found['what']}, {found['threads']} threads"]
     for face in FACES:
         time_, counts = found["seconds"][face], found["multiply_adds"]
+        memory = f"{found['peak_megabytes'][face]:7.1f} MB, " if "peak_megabytes" in found else ""
         lines.append(
             f"  {face:16} {1000 * time_['median']:8.0f} ms "
             f"({1000 * time_['fastest']:.0f} to {1000 * time_['slowest']:.0f}), "
-            f"{found['peak_megabytes'][face]:7.1f} MB, "
-            f"{counts['counted'][face] / 1e9:.3f} GMAC forward "
+            f"{1000 * found['cpu_seconds'][face]['median']:.0f} ms of CPU time, "
+            f"{memory}{counts['counted'][face] / 1e9:.3f} GMAC forward "
             f"(expected {counts['expected'][face] / 1e9:.3f})"
         )
     slow, fast = (found["seconds"][face]["median"] for face in FACES)
-    large, small = (found["peak_megabytes"][face] for face in FACES)
-    lines.append(f"  {slow / fast:.1f} times as fast, {large / small:.1f} times less memory")
+    less = ""
+    if "peak_megabytes" in found:
+        large, small = (found["peak_megabytes"][face] for face in FACES)
+        less = f", {large / small:.1f} times less memory"
+    lines.append(f"  {slow / fast:.1f} times as fast{less}")
     lines.append(f"  largest relative differences: {found['difference']}")
     return "\n".join(lines)
 
 
 # method -> (arch, frames, clips, rounds) -> what was measured
-METHODS: dict[str, Callable[[str, int, int, int], dict[str, Any]]] = {"evl": evl}
+METHODS: dict[str, Callable[[str, int, int, int], dict[str, Any]]] = {
+    "evl": evl,
+    "vitaclip": vitaclip,
+}
 
 
 def main() -> int:
@@ -306,8 +317,11 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    # One: threads that share busy cores wait for each other in every small product (20 x measured).
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     found = METHODS[args.method](args.arch, args.frames, args.clips, args.rounds)
     if args.json:
         record = {"machine": machine_record(), "software": software_record(), args.method: found}
