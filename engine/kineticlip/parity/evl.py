@@ -56,7 +56,8 @@ def checks(folder: Path) -> Iterator[Check]:
 def _tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file; its own reader would not name one that is missing."""
     path.stat()
-    return load_file(path)
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
 # Models -----------------------------------------------------------------------------------------
