@@ -95,7 +95,7 @@ def trace_checks(
                 {f"text.block{index}.out_NLD_first24": output}
             )
         )
-        for index, block in enumerate(model.transformer.resblocks)
+        for index, block in enumerate(cast(Any, model.transformer).resblocks)
     ]
     with record(model) as seen:
         seen["video_feature"] = model.encode_clips(clips)
