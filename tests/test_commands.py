@@ -107,6 +107,18 @@ def test_eval_counts_and_names_bad_files(
     assert "UNTRAINED" in capsys.readouterr().out
 
 
+def test_int8_tells_its_price(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = evaluate(clips, tmp_path / "out", "--set", "eval.precision=int8", "--limit", "2")
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "int8 against bf16 on one view of 2 videos: top-1 equal in 100 %" in out
+    assert "int8 on cpu, layers packed by oneDNN; 16 images a forward" in out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert 0 < summary["extra"]["int8"]["score_difference"] < 0.05
+
+
 def test_untrained_parts_are_refused(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

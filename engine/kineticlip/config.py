@@ -20,6 +20,8 @@ from kineticlip.official import is_official, translate
 log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
+EvalPrecision = Literal["fp32", "bf16", "fp16", "int8"]  # int8: on a CPU, of the tower's products
+Compile = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +219,8 @@ class TrainConfig:
 class EvalConfig:
     """The evaluation loop."""
 
-    precision: Precision = "bf16"
+    precision: EvalPrecision = "bf16"
+    compile: Compile = "auto"  # auto: where the run is long enough to pay for it
     batch_frames: int = 0  # images per forward; 0 finds the fastest that fits
     deterministic: bool = False  # fixed batch shapes: results repeat to the byte
 

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 
 from kineticlip.architectures import CLIP_MEAN, CLIP_STD
 from kineticlip.batch import VideoViews
-from kineticlip.config import Precision
+from kineticlip.config import EvalPrecision
 from kineticlip.errors import UserError
+from kineticlip.inference import pack_tower
 from kineticlip.loader import BadVideo
 from kineticlip.methods.method import Method
 from kineticlip.results import ResultWriter
 
 CEILING_SECONDS = 2.0  # at most; short runs spend 2 % of their time on it, one group at least
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES["int8"] = torch.bfloat16  # of everything but the packed layers
+GROUP = {"cpu": 1, "cuda": 4}  # full chunks of one group: what its last, smaller one weighs
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Clock:
     views: int = 0
     halvings: int = 0  # of the chunk, after running out of device memory
     chunk: int = 0  # images per trunk forward
+    tower: str = ""  # how the trunk runs
     ceiling: float = 0.0  # images per second of the model alone, on this device
     sample: list[VideoViews] = field(default_factory=list)  # the last group, on the device
     started: float = field(default_factory=time.perf_counter)
@@ -51,7 +55,7 @@ class Clock:
         yield
         self.waits[what] += time.perf_counter() - start
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | str]:
         """Rates per second of wall time, and the share of it spent waiting for each stage."""
         elapsed = max((self.ended or time.perf_counter()) - self.started, 1e-9)
         return {
@@ -62,6 +66,7 @@ class Clock:
             "videos": self.videos,
             "images": self.images,
             "chunk": self.chunk,
+            "tower": self.tower,
             "chunk_halvings": self.halvings,
             "model_images_per_second": self.ceiling,
             "percent_of_model_speed": (
@@ -79,16 +84,24 @@ class Scored:
     scores: Tensor
 
 
-def prepare(model: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
+def prepare(
+    model: nn.Module, precision: EvalPrecision, device: torch.device, *, packed: bool = False
+) -> nn.Module:
     """Moves the model to the device for inference; the trunk `visual` runs in `precision`.
 
     The weights themselves are cast (not autocast): on a CPU that is twice as fast, and heads and
-    classifiers stay in float32. Raises UserError for fp16 on a CPU, which is slower than fp32.
+    classifiers stay in float32. packed: the trunk's large layers in the CPU's own format, which
+    takes no further weights; int8 is bf16 without it. Raises UserError for fp16 on a CPU, which
+    is slower than fp32, and for int8 on a GPU.
     """
+    if precision == "int8" and device.type != "cpu":
+        raise UserError("eval.precision=int8 is for CPUs; on a GPU use bf16")
     if precision == "fp16" and device.type == "cpu":
         raise UserError("eval.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
     model = model.to(device).eval().requires_grad_(False)
     trunk = model.get_submodule("visual")
+    if packed and device.type == "cpu":
+        pack_tower(trunk, precision)
     trunk.to(DTYPES[precision])
     return model
 
@@ -110,10 +123,10 @@ def score_stream(
 ) -> Iterator[Scored | BadVideo]:
     """Scores videos as they come, in their order; a bad one passes through where it stood.
 
-    Videos are grouped until they hold `chunk` images, so the trunk sees full batches across
-    videos. On a GPU results are fetched one group late, so the host never waits for compute
-    while there is something to decode. Out of device memory: `chunk` is halved, the group is
-    done again and the clock counts it; no video is lost.
+    Videos are grouped until they hold `chunk` images, on a GPU several times that, so the trunk
+    sees full batches across videos. On a GPU results are fetched one group late, so the host
+    never waits for compute while there is something to decode. Out of device memory: `chunk` is
+    halved, the group is done again and the clock counts it; no video is lost.
 
     one_by_one: a group is one video, so the shapes of every product, and with them the last bit
     of a score, depend on that video alone, wherever a run was interrupted.
@@ -121,6 +134,7 @@ def score_stream(
     clock = clock or Clock()
     clock.chunk = chunk
     upload = _uploader(device)
+    full = GROUP[device.type]
     source = iter(stream)
     group: list[VideoViews | BadVideo] = []
     pending: tuple[list[VideoViews | BadVideo], Tensor | None] | None = None
@@ -134,7 +148,7 @@ def score_stream(
         else:
             group.append(item)
             images += 0 if isinstance(item, BadVideo) else len(item.images.flatten(0, 1))
-        if group and (finished or one_by_one or images >= chunk):
+        if group and (finished or one_by_one or images >= full * chunk):
             videos = [video for video in group if isinstance(video, VideoViews)]
             with clock.waiting_for("transfer"):
                 uploaded = [upload(video) for video in videos]
@@ -238,6 +252,7 @@ def evaluate_videos(
     thumbnails: int = 0,
     one_by_one: bool = False,
     progress: bool = True,
+    tower: str = "",
 ) -> Clock:
     """Scores a stream of videos into a results folder, each as soon as it is done.
 
@@ -247,7 +262,7 @@ def evaluate_videos(
     """
     from tqdm import tqdm
 
-    clock = Clock()
+    clock = Clock(tower=tower)
     kept: list[VideoViews] = []
     watched = _keep(stream, kept, thumbnails)
     bar = tqdm(total=total, unit="video", disable=not progress, dynamic_ncols=True)
@@ -296,3 +311,43 @@ def _pictures(video: VideoViews) -> NDArray[np.uint8]:
         mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
         frames = ((frames.float() * std + mean) * 255).round().clamp(0, 255).byte()
     return frames.numpy()
+
+
+def compare_precisions(
+    model: nn.Module, reference: nn.Module, method: Method, videos: Sequence[VideoViews], chunk: int
+) -> dict[str, float]:
+    """What the model's precision costs on one view of some videos, against a reference model.
+
+    videos: how many; top1_agreement and top5_agreement: share of them in percent with the same
+    first class, and the same set of five; score_difference: the largest, of probabilities.
+    """
+    if not videos:
+        return {"videos": 0, "top1_agreement": 100.0, "top5_agreement": 100.0} | {
+            "score_difference": 0.0
+        }
+    views = [replace(video, frame_index=video.frame_index[:1]) for video in videos]
+    views = [replace(video, crop_index=video.crop_index[:1]) for video in views]
+    with torch.inference_mode():
+        here, there = (
+            made.cpu()
+            for made in (
+                method.score(model, [_narrowed(video) for video in views], chunk),
+                method.score(reference, [_narrowed(video) for video in views], chunk),
+            )
+        )  # [N, C]
+    places = [rows.topk(min(5, rows.shape[1]), dim=-1).indices for rows in (here, there)]
+    sets = [rows.sort(dim=-1).values for rows in places]
+    return {
+        "videos": len(videos),
+        "top1_agreement": 100 * (places[0][:, 0] == places[1][:, 0]).float().mean().item(),
+        "top5_agreement": 100 * (sets[0] == sets[1]).all(dim=-1).float().mean().item(),
+        "score_difference": (here - there).abs().max().item(),
+    }
+
+
+def _narrowed(video: VideoViews) -> VideoViews:
+    """The video with the images of its views alone."""
+    frames, frame_index = video.frame_index.unique(return_inverse=True)
+    crops, crop_index = video.crop_index.unique(return_inverse=True)
+    images = video.images[frames][:, crops]
+    return replace(video, images=images, frame_index=frame_index, crop_index=crop_index)

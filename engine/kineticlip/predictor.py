@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from kineticlip.batch import VideoViews
 from kineticlip.checkpoint import load_weights
 from kineticlip.config import Config, config_from_dict
 from kineticlip.errors import UserError
-from kineticlip.evaluate import Scored, default_chunk, prepare, score_stream
-from kineticlip.loader import views_of
+from kineticlip.evaluate import Scored, compare_precisions, default_chunk, prepare, score_stream
+from kineticlip.loader import BadVideo, views_of
 from kineticlip.methods import method_named
 from kineticlip.methods.method import Method
 from kineticlip.results import UNTRAINED
@@ -29,6 +32,7 @@ class Recognizer:
     method: Method
     model: nn.Module
     device: torch.device
+    reference: nn.Module | None  # the same in bf16, where precision is int8, to compare with
     weights: str  # what identifies the tensors: SHA-256 of the file, or UNTRAINED
 
     @property
@@ -86,12 +90,17 @@ def config_of(weights: str) -> Config:
 
 
 def load_recognizer(
-    config: Config, class_names: Sequence[str], *, device: torch.device
+    config: Config,
+    class_names: Sequence[str],
+    *,
+    device: torch.device,
+    with_reference: bool = False,
 ) -> Recognizer:
     """Builds the configured model and makes it ready to score on `device`.
 
     Raises UserError where weights are missing for a part that has to be trained: a score of a
     random head looks like any other. `model.weights: random` runs, marked as untrained.
+    with_reference: of an int8 model keep the one in bf16 too.
     """
     method = method_named(config.method)
     model = method.build(config, class_names)
@@ -104,14 +113,36 @@ def load_recognizer(
     identity = UNTRAINED
     if config.model.weights != "random":
         identity = resolve_weights(config.model.arch, config.model.weights).fingerprint
+    compiling = config.eval.compile == "on" and config.eval.precision != "int8"  # packs by itself
+    reference = None
+    if config.eval.precision == "int8" and with_reference:
+        reference = prepare(copy.deepcopy(model), "bf16", device)
     return Recognizer(
         config=config,
         class_names=tuple(class_names),
         method=method,
-        model=prepare(model, config.eval.precision, device),
+        model=prepare(model, config.eval.precision, device, packed=not compiling),
+        reference=reference,
         device=device,
         weights=identity,
     )
+
+
+COMPARED = 4  # videos that the price of int8 is measured on
+
+
+def compare_first(
+    recognizer: Recognizer, stream: Iterable[VideoViews | BadVideo]
+) -> tuple[Iterator[VideoViews | BadVideo], dict[str, float]]:
+    """(the stream, unchanged; what int8 costs on one view of its first videos, against bf16)."""
+    assert recognizer.reference is not None
+    source = iter(stream)
+    first = list(itertools.islice(source, COMPARED))
+    videos = [item for item in first if isinstance(item, VideoViews)]
+    delta = compare_precisions(
+        recognizer.model, recognizer.reference, recognizer.method, videos, recognizer.chunk
+    )
+    return itertools.chain(first, source), delta
 
 
 def predict(recognizer: Recognizer, video: str | Path) -> Prediction:

@@ -89,6 +89,7 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         self.heads, self.kernels, self.impl, self.drop_out = heads, kernels, impl, drop_out
+        self.packed: nn.Module | None = None  # the projection to q, k, v as inference runs it
 
     def forward(
         self, y: Tensor, sources: Sequence[Source] = (), *, class_only: bool = False
@@ -109,7 +110,8 @@ class Attention(nn.Module):
                 impl=self.kernels,
             )  # [M, H, K]
             return self.out_proj(mixed.flatten(1).unsqueeze(1)), None
-        qkv = F.linear(y, self.in_proj_weight, self.in_proj_bias)
+        packed = self.packed
+        qkv = packed(y) if packed else F.linear(y, self.in_proj_weight, self.in_proj_bias)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [M, N, 3, H, K]
         pairs = [self._keys_values(source, qkv) for source in sources]
         mixed = self._dropped(qkv, pairs) if self._drops else self._attend(qkv, pairs)

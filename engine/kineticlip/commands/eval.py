@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kineticlip.commands.options import add_config_options, add_model_options, configured
 
 if TYPE_CHECKING:
+    from kineticlip.batch import VideoViews
     from kineticlip.config import Config
+    from kineticlip.loader import BadVideo
 
 METRICS = ("zero-shot", "map", "multilabel", "official-padded")  # kineticlip.protocols.PROTOCOLS
 
@@ -169,9 +171,10 @@ def evaluate_list(
     from kineticlip.errors import UserError
     from kineticlip.evaluate import evaluate_videos
     from kineticlip.feature_cache import FeatureViews, open_store
+    from kineticlip.inference import make_steady
     from kineticlip.loader import TestLoader
     from kineticlip.measure import machine_record
-    from kineticlip.predictor import load_recognizer, pick_device
+    from kineticlip.predictor import compare_first, load_recognizer, pick_device
     from kineticlip.protocols import check_protocols, collect, measure
     from kineticlip.results import ResultWriter, protocol_fingerprint, remove_results
 
@@ -185,7 +188,9 @@ def evaluate_list(
     check_protocols(metrics, entries)
     if listed.empty or listed.short:
         print(listed.summary(), file=sys.stderr)
-    recognizer = load_recognizer(config, class_names, device=pick_device())
+    recognizer = load_recognizer(
+        config, class_names, device=pick_device(), with_reference=not config.data.features
+    )
     listing = [(entry.name, entry.label) for entry in entries]
     protocol = protocol_fingerprint(
         config, listing, class_names=class_names, weights=recognizer.weights
@@ -209,19 +214,33 @@ def evaluate_list(
             loader, thumbnails = FeatureViews(store, todo), 0
         else:
             loader = TestLoader(todo, config, pipeline=recognizer.method.pipeline)
+        chunk, tower = recognizer.chunk, ["features"]
+        extra: dict[str, Any] = {}
+        stream: Iterable[VideoViews | BadVideo] = loader
+        if todo and not config.data.features:
+            if recognizer.reference is not None:
+                stream, extra["int8"] = compare_first(recognizer, loader)
+            views = config.data.num_frames * config.test.clips * config.test.crops
+            chunk, tower = make_steady(
+                recognizer.model,
+                config,
+                device=recognizer.device,
+                chunk=chunk,
+                images=views * len(todo),
+            )
         clock = evaluate_videos(
             recognizer.model,
             recognizer.method,
-            loader,
+            stream,
             writer,
             total=len(todo),
             device=recognizer.device,
-            chunk=recognizer.chunk,
+            chunk=chunk,
+            tower=", ".join(tower),
             thumbnails=thumbnails,
             one_by_one=config.eval.deterministic,
             progress=not quiet,
         )
-        extra: dict[str, Any] = {}
         if listed.empty:
             extra["entries_without_frames"] = len(listed.empty)
         if listed.short:
@@ -252,7 +271,16 @@ def describe(summary: dict[str, Any]) -> list[str]:
         f"{summary['scored']} videos of {summary['classes']} classes, "
         f"{protocol['clips']} clips x {protocol['crops']} crops x {protocol['frames']} frames"
     )
-    lines += describe_extra(summary["extra"])
+    extra = summary["extra"]
+    if "int8" in extra:
+        delta = extra["int8"]
+        lines.append(
+            f"int8 against bf16 on one view of {delta['videos']} videos: "
+            f"top-1 equal in {delta['top1_agreement']:.0f} %, top-5 set in "
+            f"{delta['top5_agreement']:.0f} %; scores differ by at most "
+            f"{delta['score_difference']:.1e}"
+        )
+    lines += describe_extra({key: value for key, value in extra.items() if key != "int8"})
     if summary["bad"]:
         reasons = "; ".join(f"{count} x {why}" for why, count in summary["bad_reasons"].items())
         lines.append(f"{summary['bad']} videos could not be decoded and are not counted: {reasons}")
@@ -266,6 +294,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
             f"{speed['images_per_second']:.1f} images/s, "
             f"{speed['percent_of_model_speed']:.0f} % of the model alone; waiting: {waits}"
         )
+        lines.append(f"{speed['tower']}; {speed['chunk']} images a forward")
         decoders = ", ".join(f"{name} {count}" for name, count in summary["decoders"].items())
         lines.append(f"decoded by {decoders}; bad files: {summary['bad']}")
     return lines
