@@ -17,10 +17,14 @@ from torch.autograd.function import once_differentiable
 from kineticlip_kernels.evl import wide
 
 
+def _apply(function: Any, *inputs: Any) -> Tensor:
+    result: Tensor = function.apply(*inputs)
+    return result
+
+
 def neighbour_maps_lean(q: Tensor, k: Tensor) -> Tensor:
     """The lean face of `neighbour_maps`: one pair of frames at a time."""
-    maps: Tensor = _NeighbourMaps.apply(q, k)
-    return maps
+    return _apply(_NeighbourMaps, q, k)
 
 
 class _NeighbourMaps(torch.autograd.Function):
@@ -66,7 +70,7 @@ def _heads(tokens: Tensor) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q, k [N, H, K] of two frames -> [H, P, P] in fp32."""
-    return (_heads(q) * q.shape[-1] ** -0.5) @ _heads(k).mT
+    return torch.bmm(_heads(q) * q.shape[-1] ** -0.5, _heads(k).mT)
 
 
 def displacement_lean(
@@ -79,8 +83,7 @@ def displacement_lean(
     2 w - 1 horizontal offsets only. That is 2 times the necessary products, against 3.7 with
     bins for both directions, and no copy of the weights.
     """
-    out: Tensor = _Displacement.apply(maps, previous_weight, next_weight, grid)
-    return out
+    return _apply(_Displacement, maps, previous_weight, next_weight, grid)
 
 
 class _Displacement(torch.autograd.Function):
@@ -91,7 +94,7 @@ class _Displacement(torch.autograd.Function):
         ctx.save_for_backward(maps, previous, following)
         ctx.grid = grid
         clips, frames = maps.shape[1], maps.shape[2] + 1
-        total = _bins(maps, 0, grid) @ _windows(previous, grid)  # [g, B * T * w, C]
+        total = torch.bmm(_bins(maps, 0, grid), _windows(previous, grid))  # [g, B * T * w, C]
         total.baddbmm_(_bins(maps, 1, grid), _windows(following, grid))
         by_row = total.unflatten(1, (clips, frames, grid[1]))  # [g, B, T, w, C]
         return by_row.permute(1, 2, 0, 3, 4).flatten(2, 3).to(previous.dtype)
@@ -167,10 +170,7 @@ def attend_tokens_lean(
     eps: float = 1e-5,
 ) -> Tensor:
     """The lean face of `attend_tokens`: keeps the normalised tokens and the weights."""
-    mixed: Tensor = _AttendTokens.apply(
-        query, tokens, conv_weight, conv_bias, position, motion, eps
-    )
-    return mixed
+    return _apply(_AttendTokens, query, tokens, conv_weight, conv_bias, position, motion, eps)
 
 
 class _AttendTokens(torch.autograd.Function):
@@ -192,7 +192,7 @@ class _AttendTokens(torch.autograd.Function):
         torch.softmax(weights, dim=-1, out=weights)
         mixed = torch.bmm(weights, z)  # [B, Q, C]
         kept = tokens if ctx.needs_input_grad[2] or ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(query, kept, conv_weight, z, rstd, weights, mixed)
+        ctx.save_for_backward(query, kept, conv_weight, z, rstd, weights)
         ctx.shape = tokens.shape
         ctx.dtypes = [
             None if term is None else term.dtype
@@ -203,11 +203,10 @@ class _AttendTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, tokens, conv_weight, z, rstd, weights, mixed = ctx.saved_tensors
+        query, tokens, conv_weight, z, rstd, weights = ctx.saved_tensors
         grad, query = grad.to(z.dtype), query.to(z.dtype)
-        # d score = weight * (dmixed . z - dmixed . mixed): the second term is softmax's mean.
-        slope = torch.bmm(grad, z.mT).sub_((grad * mixed).sum(dim=-1, keepdim=True))
-        slope.mul_(weights)
+        slope = torch.bmm(grad, z.mT).mul_(weights)  # [B, Q, T * N]
+        slope.addcmul_(weights, slope.sum(dim=-1, keepdim=True), value=-1)
         grad_query = torch.bmm(slope, z)
         both = torch.cat([weights, slope], dim=1).mT  # [B, T * N, 2 Q]
         grad_z = torch.bmm(both, torch.cat([grad, query], dim=1))  # [B, T * N, C]
