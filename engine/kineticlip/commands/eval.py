@@ -1,4 +1,10 @@
-"""`kineticlip eval`: scores a list of videos with several views each; resumes where it was."""
+"""`kineticlip eval`: scores a list of videos with several views each; resumes where it was.
+
+Zero-shot over the three fixed splits of Kinetics-600, with their mean and deviation:
+
+    kineticlip eval --weights FILE --split split1.txt kinetics-600-split1 \\
+        --split split2.txt kinetics-600-split2 --split split3.txt kinetics-600-split3
+"""
 
 from __future__ import annotations
 
@@ -14,6 +20,7 @@ from kineticlip.commands.options import add_config_options, add_model_options, c
 if TYPE_CHECKING:
     from kineticlip.batch import VideoViews
     from kineticlip.config import Config
+    from kineticlip.dataset import VideoList
     from kineticlip.loader import BadVideo
 
 METRICS = ("zero-shot", "map", "multilabel", "official-padded")  # kineticlip.protocols.PROTOCOLS
@@ -29,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         action="append",
         metavar=("FILE", "NAMES"),
-        help="a list and its own class names, in place of --list and --labels; repeatable: "
-        "each is scored, then the mean and deviation over all",
+        help="a list and its own class names (e.g. kinetics-600-split1), in place of --list and "
+        "--labels; repeatable: each is scored, then the mean and deviation over all",
     )
     parser.add_argument(
         "--metrics",
@@ -61,12 +68,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scores", action="store_true", help="keep every video's scores")
     parser.add_argument("--thumbnails", type=int, default=12, metavar="N", help="pictures to keep")
     parser.add_argument("--deterministic", action="store_true", help="repeat to the byte")
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="share the videos among N processes of this machine: one a GPU, or of its cores",
+    )
+    parser.add_argument("--part-of-run", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     from kineticlip.errors import UserError
 
+    if args.part_of_run:
+        return _run_part()
     for name in ("official_processes", "official_batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} should be at least 1")
@@ -81,6 +97,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(describe(summary)))
         print(f"results: {out}")
+    return 0
+
+
+def _run_part() -> int:
+    """A process of evaluate_in_processes: scores the share that its parent hands it."""
+    from kineticlip.config import config_from_dict
+    from kineticlip.distributed import end_with
+    from kineticlip.parallel_eval import Order, write_speed
+
+    order = Order.loaded(sys.stdin.read())
+    end_with(order.parent, poll_seconds=0.2)
+    part = Path(order.part)
+    config = config_from_dict(order.config, "the parent process")
+    settings = {**order.settings, "quiet": True}
+    speed = evaluate_list(config, part, share=order.videos, whole=Path(order.out), **settings)
+    write_speed(part, speed)
     return 0
 
 
@@ -135,18 +167,53 @@ def _configured(args: argparse.Namespace) -> Config:
 
 
 def _evaluate(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
+    speed = _share_out(args, config, out) if args.num_processes is not None else None
     return evaluate_list(
         config,
         out,
         limit=args.limit,
-        fresh=args.fresh,
+        fresh=args.fresh and speed is None,
         keep_scores=args.scores,
         thumbnails=args.thumbnails,
         quiet=args.json,
         metrics=args.metrics,
         official_processes=args.official_processes,
         official_batch=args.official_batch,
+        speed=speed,
     )
+
+
+def _share_out(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
+    """Has all videos scored by several processes; gives their speed."""
+    import shutil
+
+    from kineticlip.parallel_eval import PARTS, evaluate_in_processes
+    from kineticlip.results import remove_results
+
+    _, listed = _listed(config)
+    if args.fresh:
+        remove_results(out)
+        shutil.rmtree(out / PARTS, ignore_errors=True)
+    return evaluate_in_processes(
+        config,
+        out,
+        [entry.name for entry in listed.entries[: args.limit]],
+        processes=args.num_processes,
+        thumbnails=args.thumbnails,
+        settings={"limit": args.limit, "keep_scores": args.scores or bool(args.metrics)},
+        progress=not args.json,
+    )
+
+
+def _listed(config: Config) -> tuple[tuple[str, ...], VideoList]:
+    """Class names and videos of a configuration."""
+    from kineticlip.dataset import read_labels, scoring_list
+    from kineticlip.errors import UserError
+
+    if not config.data.labels:
+        raise UserError("data.labels is not set: give --labels a label file or a built-in name")
+    class_names = read_labels(config.data.labels)
+    return class_names, scoring_list(config, len(class_names))
 
 
 def evaluate_list(
@@ -161,27 +228,30 @@ def evaluate_list(
     metrics: Sequence[str] = (),
     official_processes: int = 8,
     official_batch: int = 1,
+    share: Sequence[str] | None = None,
+    whole: Path | None = None,
+    speed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores data.val_list into the folder `out` and returns the summary.
+
+    share: only these videos of the list, for a part of the run in the folder `whole`; gives the
+    speed then, and no result files. speed: of the processes that have scored the list already.
 
     metrics: names of protocols.PROTOCOLS, whose numbers become the summary's `extra`; they need
     every score, so scores are kept. The last two are settings of the official runs to compare with.
     """
-    from kineticlip.dataset import read_labels, scoring_list
     from kineticlip.errors import UserError
     from kineticlip.evaluate import evaluate_videos
     from kineticlip.feature_cache import FeatureViews, open_store
     from kineticlip.inference import make_steady
     from kineticlip.loader import TestLoader
     from kineticlip.measure import machine_record
+    from kineticlip.parallel_eval import check_same_run
     from kineticlip.predictor import compare_first, load_recognizer, pick_device
     from kineticlip.protocols import check_protocols, collect, measure
     from kineticlip.results import ResultWriter, protocol_fingerprint, remove_results
 
-    if not config.data.labels:
-        raise UserError("data.labels is not set: give --labels a label file or a built-in name")
-    class_names = read_labels(config.data.labels)
-    listed = scoring_list(config, len(class_names))
+    class_names, listed = _listed(config)
     entries = listed.entries[:limit]
     if not entries:
         raise UserError(f"{config.data.val_list}: no video to score; {listed.summary()}")
@@ -204,8 +274,14 @@ def evaluate_list(
         class_names=class_names,
         keep_scores=keep_scores or bool(metrics),
     ) as writer:
-        done = writer.done
-        todo = [entry for entry in entries if entry.name not in done]
+        if whole is not None:
+            check_same_run(whole, out)
+        wanted = None if share is None else set(share)
+        todo = [
+            entry
+            for entry in entries
+            if entry.name not in writer.done and (wanted is None or entry.name in wanted)
+        ]
         if recognizer.classifier is not None:
             writer.save_classifier(recognizer.classifier.numpy())
         loader: TestLoader | FeatureViews
@@ -239,8 +315,12 @@ def evaluate_list(
             tower=", ".join(tower),
             thumbnails=thumbnails,
             one_by_one=config.eval.deterministic,
-            progress=not quiet,
+            progress=not quiet and bool(todo),
         )
+        if share is not None:
+            return {**clock.summary(), "extra": extra}
+        speed = dict(speed or clock.summary())
+        extra.update(speed.pop("extra", {}))
         if listed.empty:
             extra["entries_without_frames"] = len(listed.empty)
         if listed.short:
@@ -250,7 +330,7 @@ def evaluate_list(
                 writer.scores(), entries, world_size=official_processes, batch_size=official_batch
             )
             extra |= measure(metrics, found)
-        return writer.finish(machine=machine_record(), speed=clock.summary(), extra=extra)
+        return writer.finish(machine=machine_record(), speed=speed, extra=extra)
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
