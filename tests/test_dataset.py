@@ -188,6 +188,10 @@ def test_lists_of_a_configuration(write) -> None:
     ("name", "count", "first", "last"),
     [
         ("kinetics-400", 400, "abseiling", "zumba"),
+        ("kinetics-600", 600, "abseiling", "zumba"),
+        ("kinetics-600-split1", 160, "acting in play", "yarn spinning"),
+        ("kinetics-600-split2", 160, "acting in play", "winking"),
+        ("kinetics-600-split3", 160, "adjusting glasses", "wood burning (art)"),
         ("ucf101", 101, "ApplyEyeMakeup", "YoYo"),
         ("ucf101-split", 101, "Apply Eye Makeup", "Yo Yo"),
         ("hmdb51", 51, "brush hair", "wave"),
@@ -199,7 +203,32 @@ def test_built_in_classes(name: str, count: int, first: str, last: str) -> None:
     assert (len(names), len(set(names))) == (count, count)
     assert (names[0], names[-1]) == (first, last)
     assert all(label == label.strip() and label for label in names)
-    assert set(BUILT_IN) == {"kinetics-400", "ucf101", "ucf101-split", "hmdb51", "activitynet"}
+
+
+def test_built_in_sets() -> None:
+    splits = {f"kinetics-600-split{number}" for number in (1, 2, 3)}
+    others = {"ucf101", "ucf101-split", "hmdb51", "activitynet"}
+    assert set(BUILT_IN) == {"kinetics-400", "kinetics-600"} | splits | others
+
+
+def test_kinetics_600_splits_are_new_classes_in_alphabetical_order() -> None:
+    old, full = read_labels("kinetics-400"), read_labels("kinetics-600")
+    splits = [read_labels(f"kinetics-600-split{number}") for number in (1, 2, 3)]
+    for names in (full, *splits):
+        assert list(names) == sorted(names)
+    for names in splits:
+        assert set(names) <= set(full) and set(names).isdisjoint(old)
+    assert len(set(splits[0]) & set(splits[1]) & set(splits[2])) > 60  # random draws of 160 of 220
+    assert len(set().union(*splits)) == 217  # three of the 220 were never drawn
+    # 368 of Kinetics-400's names live on, 12 under a new name, 20 are gone; 220 are new.
+    assert (len(set(full) & set(old)), len(set(full) - set(old))) == (368, 232)
+
+
+def test_kinetics_600_indices() -> None:
+    """Official ones, as recorded by others: index-name pairs of a published model's output."""
+    known = {"high kick": 211, "krumping": 250, "pumping fist": 388, "throwing snowballs": 531}
+    names = read_labels("kinetics-600")
+    assert {name: names.index(name) for name in known} == known
 
 
 def test_built_in_order_is_the_official_one() -> None:

@@ -245,6 +245,12 @@ def _integer(word: str, what: str) -> int:
 # name -> file of kineticlip/data; classes stand in the order of the official label indices.
 BUILT_IN = {
     "kinetics-400": "kinetics-400.txt",
+    "kinetics-600": "kinetics-600.txt",
+    # The fixed zero-shot splits (ER-ZSAR, Chen and Huang 2021): 160 each of the 220 classes that
+    # Kinetics-400 has under no name. In their alphabetical order, as in the published lists.
+    "kinetics-600-split1": "kinetics-600-split1.txt",
+    "kinetics-600-split2": "kinetics-600-split2.txt",
+    "kinetics-600-split3": "kinetics-600-split3.txt",
     "ucf101": "ucf101.txt",  # official: ApplyEyeMakeup, one word
     "ucf101-split": "ucf101.txt",  # Apply Eye Makeup
     "hmdb51": "hmdb51.txt",
