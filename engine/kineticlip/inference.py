@@ -213,8 +213,9 @@ def make_steady(
     """
     tower = model.get_submodule("visual")
     notes = [f"{config.eval.precision} on {device.type}"]
+    plain = not getattr(model, "per_clip", False) and isinstance(tower, VisionTransformer)
     fixed = config.eval.batch_frames or config.eval.deterministic
-    if not fixed and images >= PROBE_SHARE * 4 * LARGEST[device.type]:
+    if plain and not fixed and images >= PROBE_SHARE * 4 * LARGEST[device.type]:
         probe = probe_chunk(
             tower,
             device=device,
@@ -226,7 +227,6 @@ def make_steady(
         notes.append(f"chunk probed: {chunk} at {probe.rates[chunk]:.1f} images/s")
     if any(isinstance(layer, ByteLinear | PackedLinear) for layer in tower.modules()):
         notes.append("layers packed by oneDNN")
-    plain = not getattr(model, "per_clip", False) and isinstance(tower, VisionTransformer)
     if config.eval.compile == "on":
         if not plain:
             raise UserError("eval.compile=on: this method's tower takes no single images")
