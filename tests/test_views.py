@@ -170,7 +170,7 @@ def test_evl_views_are_exact() -> None:
         np.testing.assert_allclose(got.numpy(), golden[case["key"]], rtol=0, atol=LAST_BIT)
 
 
-@pytest.mark.parametrize(("crops", "clips"), [(3, 2), (1, 3)])
+@pytest.mark.parametrize(("crops", "clips"), [(1, 3)])
 def test_vitaclip_views_are_exact(crops: int, clips: int) -> None:
     golden = np.load(GOLDEN / "vitaclip" / "data.npz")
     frames = golden["video_u8"]
