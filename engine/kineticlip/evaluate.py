@@ -204,6 +204,8 @@ def _uploader(device: torch.device) -> Callable[[VideoViews], VideoViews]:
     copies = torch.cuda.Stream(device)
 
     def upload(video: VideoViews) -> VideoViews:
+        if video.images.is_cuda:  # decoded there
+            return video
         with torch.cuda.stream(copies):
             moved = replace(
                 video,
@@ -310,7 +312,7 @@ def _pictures(video: VideoViews) -> NDArray[np.uint8]:
     if frames.dtype != torch.uint8:
         mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
         frames = ((frames.float() * std + mean) * 255).round().clamp(0, 255).byte()
-    return frames.numpy()
+    return frames.cpu().numpy()
 
 
 def compare_precisions(

@@ -66,7 +66,7 @@ def views_of(
     """
     entry = video if isinstance(video, Entry) else Entry(str(video), str(video), -1)
     data, rules = config.data, pipeline_of(config.data, pipeline)
-    source, first, count = _open(entry, data, cache)
+    source, first, count = open_entry(entry, data, cache)
     plan = plan_frames(sample_test(count, data, config.test, rules))
     shape = geometry(
         source.width,
@@ -107,14 +107,16 @@ def clip_of(
 
     Raises VideoError for a video that cannot be read.
     """
-    source, first, count = _open(entry, data, cache)
+    source, first, count = open_entry(entry, data, cache)
     # BIKE draws the stretches of Charades with the segment sampler of Text4Vis, not its own.
     rules = "text4vis" if pipeline == "bike" and entry.length >= 0 else pipeline
     indices = sample_train(count, data, rules, rng)
     return augment(source.read((first + indices).tolist()), entry.label, data, pipeline, rng)
 
 
-def _open(entry: Entry, data: DataConfig, cache: ProbeCache | None) -> tuple[VideoSource, int, int]:
+def open_entry(
+    entry: Entry, data: DataConfig, cache: ProbeCache | None
+) -> tuple[VideoSource, int, int]:
     """(video, first frame, frames) of an entry, which may be a stretch of its video."""
     # Charades names its frames after their folder: {id}-{:06d}.jpg
     template = data.frame_template.replace("{id}", Path(entry.path).name)

@@ -240,6 +240,7 @@ def evaluate_list(
     metrics: names of protocols.PROTOCOLS, whose numbers become the summary's `extra`; they need
     every score, so scores are kept. The last two are settings of the official runs to compare with.
     """
+    from kineticlip.device_loader import DeviceLoader, why_not_on_device
     from kineticlip.errors import UserError
     from kineticlip.evaluate import evaluate_videos
     from kineticlip.feature_cache import FeatureViews, open_store
@@ -284,12 +285,19 @@ def evaluate_list(
         ]
         if recognizer.classifier is not None:
             writer.save_classifier(recognizer.classifier.numpy())
-        loader: TestLoader | FeatureViews
+        loader: TestLoader | FeatureViews | DeviceLoader
+        decoding = "features"
         if config.data.features:
             store = open_store(config, recognizer.method, recognizer.model)
             loader, thumbnails = FeatureViews(store, todo), 0
         else:
-            loader = TestLoader(todo, config, pipeline=recognizer.method.pipeline)
+            rules = recognizer.method.pipeline
+            decoding = why_not_on_device(config, recognizer.device, pipeline=rules)
+            if decoding:
+                loader = TestLoader(todo, config, pipeline=rules)
+            else:
+                loader = DeviceLoader(todo, config, device=recognizer.device, pipeline=rules)
+                decoding = loader.choice
         chunk, tower = recognizer.chunk, ["features"]
         extra: dict[str, Any] = {}
         stream: Iterable[VideoViews | BadVideo] = loader
@@ -317,9 +325,12 @@ def evaluate_list(
             one_by_one=config.eval.deterministic,
             progress=not quiet and bool(todo),
         )
+        here: dict[str, Any] = {**clock.summary(), "decoding": decoding}
+        if isinstance(loader, DeviceLoader) and loader.notes:
+            here["decoded_on_cpu"] = dict(loader.notes.most_common())
         if share is not None:
-            return {**clock.summary(), "extra": extra}
-        speed = dict(speed or clock.summary())
+            return {**here, "extra": extra}
+        speed = dict(speed or here)
         extra.update(speed.pop("extra", {}))
         if listed.empty:
             extra["entries_without_frames"] = len(listed.empty)
@@ -376,5 +387,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
         )
         lines.append(f"{speed['tower']}; {speed['chunk']} images a forward")
         decoders = ", ".join(f"{name} {count}" for name, count in summary["decoders"].items())
-        lines.append(f"decoded by {decoders}; bad files: {summary['bad']}")
+        lines.append(f"decoded by {decoders} ({speed['decoding']}); bad files: {summary['bad']}")
+        for why, count in speed.get("decoded_on_cpu", {}).items():
+            lines.append(f"  {count} files {why}")
     return lines

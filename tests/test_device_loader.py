@@ -1,0 +1,65 @@
+"""The GPU's way from files to views, run on the CPU: the same bytes as the threads' way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kineticlip.batch import VideoViews
+from kineticlip.config import load_config
+from kineticlip.dataset import Entry
+from kineticlip.demo import render_clip, write_clip
+from kineticlip.device_loader import DeviceLoader, why_not_on_device
+from kineticlip.loader import BadVideo, TestLoader
+
+CPU = torch.device("cpu")
+SETTINGS = ["data.resolution=48", "data.num_frames=3", "test.clips=2", "test.crops=3"]
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
+    root = tmp_path_factory.mktemp("clips")
+    paths = [root / f"{number}.mp4" for number in range(3)]
+    for number, path in enumerate(paths):
+        write_clip(path, render_clip(number, number, np.random.default_rng(number)))
+    (root / "broken.mp4").write_text("not a video")
+    paths.insert(1, root / "broken.mp4")
+    paths.append(root / "absent.mp4")
+    return [Entry(path.name, str(path), number) for number, path in enumerate(paths)]
+
+
+@pytest.mark.parametrize("pipeline", ["text4vis", "bike"])
+def test_views_equal_those_of_the_threads(entries: list[Entry], pipeline: str) -> None:
+    config = load_config(None, SETTINGS)
+    loader = DeviceLoader(entries, config, device=CPU, pipeline=pipeline)
+    there = list(loader)
+    here = list(TestLoader(entries, config, pipeline=pipeline))
+    assert len(there) == len(here) == len(loader) == 5
+    for a, b in zip(there, here, strict=True):
+        if isinstance(b, BadVideo):
+            assert a == b
+            continue
+        assert isinstance(a, VideoViews) and isinstance(b, VideoViews)
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.frame_index, b.frame_index)
+        assert torch.equal(a.crop_index, b.crop_index)
+        assert (a.name, a.label, a.num_frames) == (b.name, b.label, b.num_frames)
+    assert loader.choice.startswith("pyav: ")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "device", "pipeline", "reason"),
+    [
+        ((), "cpu", "text4vis", "no GPU"),
+        (("data.decoder=pyav",), "cuda", "text4vis", "data.decoder=pyav"),
+        ((), "cuda", "evl", "EVL's float pipeline"),
+        ((), "cuda", "bike", ""),
+    ],
+)
+def test_the_choice_has_a_reason(
+    pairs: tuple[str, ...], device: str, pipeline: str, reason: str
+) -> None:
+    config = load_config(None, [*SETTINGS, *pairs])
+    why = why_not_on_device(config, torch.device(device), pipeline=pipeline)
+    assert why.startswith(reason) and bool(why) == bool(reason)
