@@ -24,6 +24,7 @@ COMMANDS = {
     "features": "run a frozen trunk over videos once, for heads to train on",
     "classifier": "build a classifier from text, random rows or LDA",
     "convert": "rewrite a checkpoint of one code base for another",
+    "bench": "time the kernels here, or find their block sizes",
     "doctor": "show what of this machine is used, and why not more",
     "info": "count the parameters and multiply-adds of a configuration",
     "parity": "replay recorded outputs of an official code and compare",

@@ -1,0 +1,123 @@
+"""The result file of the kernel benchmarks: one JSON document, its writer and its validator."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+TOP = {
+    "schema": int,
+    "kind": str,
+    "date": str,
+    "complete": bool,
+    "machine": dict,
+    "software": dict,
+    "config": dict,
+    "limits": dict,
+    "correctness": dict,
+    "rows": list,
+}
+ROW = {
+    "case": str,
+    "op": str,
+    "impl": str,
+    "direction": str,
+    "dtype": str,
+    "shape": dict,
+    "n": int,
+    "p20_ms": float,
+    "p50_ms": float,
+    "p80_ms": float,
+    "peak_bytes": (int, type(None)),
+    "flops": float,
+    "bytes": float,
+    "gb_per_s": float,
+    "tflop_per_s": float,
+    "percent_of_limit": float,
+}
+
+
+def document(
+    rows: list[dict[str, Any]],
+    *,
+    limits: dict[str, Any],
+    correctness: dict[str, Any],
+    config: dict[str, Any],
+    complete: bool,
+) -> dict[str, Any]:
+    """A result file's content: the rows, and under what conditions they were measured."""
+    from kineticlip.measure import machine_record, software_record
+
+    return {
+        "schema": SCHEMA,
+        "kind": "kernels",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "complete": complete,
+        "machine": machine_record(),
+        "software": software_record(),
+        "config": config,
+        "limits": limits,
+        "correctness": correctness,
+        "rows": rows,
+    }
+
+
+def result_path(folder: Path, content: dict[str, Any]) -> Path:
+    """<folder>/<device>-torch<version>/<date>-<commit>.json"""
+    gpus = content["machine"]["gpus"]
+    device = gpus[0]["name"] if gpus else "cpu"
+    device = re.sub(r"[^a-z0-9]+", "-", device.lower().replace("nvidia", "")).strip("-")
+    torch_version = str(content["software"]["torch"]).partition("+")[0]
+    day = content["date"][:10].replace("-", "")
+    commit = (content["software"]["commit"] or "unknown")[:7]
+    return folder / f"{device}-torch{torch_version}" / f"{day}-{commit}.json"
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    """Writes a valid document; raises ValueError for one that is not."""
+    problems = validate(content)
+    if problems:
+        raise ValueError("; ".join(problems))
+    path = result_path(folder, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def validate(content: dict[str, Any]) -> list[str]:
+    """What is wrong with a result file; empty when nothing is."""
+    problems = _check(content, TOP, "document")
+    if problems:
+        return problems
+    if content["schema"] != SCHEMA or content["kind"] != "kernels":
+        problems.append(f"schema {content['schema']} of {content['kind']}, expected {SCHEMA}")
+    for key in ("commit", "dirty", "torch", "python"):
+        if key not in content["software"]:
+            problems.append(f"software: no {key}")
+    if "gpus" not in content["machine"] or "cpu" not in content["machine"]:
+        problems.append("machine: no gpus or cpu")
+    for number, row in enumerate(content["rows"]):
+        found = _check(row, ROW, f"rows[{number}]")
+        if not found and not row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]:
+            found.append(f"rows[{number}]: percentiles are not in order")
+        problems += found
+    names = [(row.get("case"), row.get("impl")) for row in content["rows"]]
+    problems += [f"rows: {name} twice" for name in sorted(set(names)) if names.count(name) > 1]
+    return problems
+
+
+def _check(content: dict[str, Any], fields: dict[str, Any], where: str) -> list[str]:
+    problems = [f"{where}: no {name}" for name in fields if name not in content]
+    problems += [f"{where}: unknown {name}" for name in content if name not in fields]
+    for name, kind in fields.items():
+        value = content.get(name)
+        if name in content and not isinstance(value, (int, float) if kind is float else kind):
+            problems.append(f"{where}: {name} is {value!r}")
+        elif isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+            problems.append(f"{where}: {name} is {value}")
+    return problems

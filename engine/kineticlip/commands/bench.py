@@ -1,0 +1,102 @@
+"""`kineticlip bench`: the kernels' benchmarks on this machine; --tune finds their block sizes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from kineticlip.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", metavar="WORDS", help="cases whose names match, as in pytest -k")
+    parser.add_argument("--short", action="store_true", help="the most telling cases alone")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="write a result file there")
+    parser.add_argument("--allow-dirty", action="store_true", help="also from a changed checkout")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure block sizes instead; needs a GPU"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="with --tune: the table to write, configs/*.json"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.write is not None and not args.tune:
+        raise UserError("--write FILE goes with --tune")
+    return _tune(args) if args.tune else _bench(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[3] / "bench"
+    if not (folder / "kernel_bench.py").is_file():
+        raise UserError(f"{folder}: no benchmarks here; run from a source checkout")
+    with tempfile.TemporaryDirectory() as scratch:
+        results = args.results or (Path(scratch) if args.json else None)
+        command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only"]
+        command += ["--benchmark-columns=median", f"--rootdir={folder.parent}"]
+        command += ["-k", args.only] if args.only else []
+        command += ["-m", "short"] if args.short else []
+        command += [f"--results={results.resolve()}"] if results else []
+        command += ["--allow-dirty"] if args.allow_dirty or not args.results else []
+        # pytest's own words go to stderr where stdout is to be one document.
+        done = subprocess.run(command, stdout=sys.stderr if args.json else None, check=False)
+        if results is not None and args.json:
+            written = max(results.glob("*/*.json"), key=lambda p: p.stat().st_mtime, default=None)
+            if written is None:
+                raise UserError("no benchmark ran; --only may match none")
+            sys.stdout.write(written.read_text())
+    return 0 if done.returncode == 0 else 1
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from kineticlip_kernels import tune, tuning
+
+    if not torch.cuda.is_available():
+        raise UserError("--tune: PyTorch sees no GPU here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    chosen = []
+    for target, times in tune.tune(tune.TARGETS, device, milliseconds):
+        if not times:
+            raise UserError(f"--tune: no candidate of {target.kernel} runs on this GPU")
+        chosen.append((target, times[0][0]))
+        print(_line(target, times), file=sys.stderr, flush=True)
+    name = torch.cuda.get_device_name(device)
+    table: dict[str, Any] = {
+        "status": f"measured on {name} with torch {torch.__version__}, {date.today().isoformat()}"
+    }
+    table |= tune.with_rows(tuning.read_table(tuning.table_name(device)), chosen)
+    text = json.dumps(table, indent=1) + "\n"
+    if args.write is not None:
+        args.write.write_text(text)
+    if args.json or args.write is None:
+        sys.stdout.write(text)
+    return 0
+
+
+def milliseconds(call: Any) -> float:
+    """The median of 30 calls; TooLarge where the GPU cannot launch them."""
+    from triton.runtime.errors import OutOfResources
+
+    from kineticlip.measure import time_calls
+    from kineticlip_kernels.tune import TooLarge
+
+    try:
+        return time_calls(call, warmup=10, repeats=30).p50
+    except OutOfResources as error:
+        raise TooLarge(str(error)) from None
+
+
+def _line(target: Any, times: list[tuple[Any, float]]) -> str:
+    best, fastest = times[0]
+    slowest = times[-1][1]
+    return f"{target.kernel} {dict(target.sizes)}: {dict(best)} {fastest:.4f} ms ({slowest:.4f})"

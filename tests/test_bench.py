@@ -1,0 +1,178 @@
+"""The kernel benchmarks: result files, their validator, the command, and tuning."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kineticlip.cli import main
+from kineticlip_kernels import tune, tuning
+from kineticlip_kernels.tune import Target, TooLarge
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from kernel_results import result_path, validate  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    """What `kineticlip bench --json` prints for the LayerNorm cases, on this machine."""
+    command = [
+        sys.executable,
+        "-m",
+        "kineticlip",
+        "bench",
+        "--json",
+        "--only",
+        "test_norm and bf16",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    content: dict[str, Any] = json.loads(done.stdout)
+    return content
+
+
+def test_a_run_makes_a_valid_document(measured: dict[str, Any]) -> None:
+    assert validate(measured) == []
+    assert measured["complete"] is True
+    ops = {(row["op"], row["direction"]) for row in measured["rows"]}
+    directions = ("forward", "forward+backward")
+    assert ops == {(op, d) for op in ("layer_norm", "add_layer_norm") for d in directions}
+    assert all(row["dtype"] == "bf16" for row in measured["rows"])
+
+
+def test_numbers_of_a_row_fit_together(measured: dict[str, Any]) -> None:
+    copy_limit = measured["limits"]["copy_gb_per_s"]
+    for row in measured["rows"]:
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["p50_ms"] / 1e6)
+        assert row["percent_of_limit"] == pytest.approx(100 * row["gb_per_s"] / copy_limit)
+
+
+def test_a_cpu_claims_no_kernel(measured: dict[str, Any]) -> None:
+    if not measured["machine"]["gpus"]:
+        assert {row["impl"] for row in measured["rows"]} == {"reference"}
+        assert measured["config"]["blocks"]["table"] == "none"
+
+
+def drop(content: dict[str, Any]) -> None:
+    del content["limits"]
+
+
+def misspell(content: dict[str, Any]) -> None:
+    content["rows"][0]["p95_ms"] = 1.0
+
+
+def infinite(content: dict[str, Any]) -> None:
+    content["rows"][0]["p50_ms"] = float("inf")
+
+
+def unordered(content: dict[str, Any]) -> None:
+    content["rows"][0]["p20_ms"] = content["rows"][0]["p80_ms"] + 1
+
+
+def repeat(content: dict[str, Any]) -> None:
+    content["rows"].append(content["rows"][0])
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (drop, "document: no limits"),
+        (misspell, "rows[0]: unknown p95_ms"),
+        (infinite, "rows[0]: p50_ms is inf"),
+        (unordered, "rows[0]: percentiles are not in order"),
+        (repeat, "twice"),
+    ],
+)
+def test_the_validator_finds(
+    damage: Callable[[dict[str, Any]], None], problem: str, measured: dict[str, Any]
+) -> None:
+    content = copy.deepcopy(measured)
+    damage(content)
+    assert any(problem in found for found in validate(content)), validate(content)
+
+
+def test_committed_results_are_valid() -> None:
+    folder = ROOT / "bench/results"
+    contents = {path: json.loads(path.read_text()) for path in folder.glob("*/*.json")}
+    for path, content in contents.items():
+        if content.get("kind") == "kernels":
+            assert validate(content) == [], path
+            assert result_path(folder, content).parent == path.parent, path
+
+
+def test_results_are_named_after_device_torch_date_and_commit(measured: dict[str, Any]) -> None:
+    content = copy.deepcopy(measured)
+    content["machine"]["gpus"] = [{"name": "NVIDIA H200"}]
+    content["software"] |= {"torch": "2.11.0+cu130", "commit": "3f2c1ab9"}
+    content["date"] = "2026-11-01T10:00:00Z"
+    assert result_path(Path("r"), content) == Path("r/h200-torch2.11.0/20261101-3f2c1ab.json")
+
+
+def test_gpu_script_refuses_a_machine_without_one() -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench/gpu.sh")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 2
+    assert "no GPU here" in done.stderr
+
+
+def test_tuning_takes_the_fastest_row_that_runs() -> None:
+    seen: list[int] = []
+    device = torch.device("cpu")
+
+    def make(device: torch.device) -> Callable[[], int]:
+        return lambda: tuning.blocks("layer_norm_forward", device)["BLOCK_ROWS"]
+
+    def measure(run: Callable[[], int]) -> float:
+        rows = run()
+        seen.append(rows)
+        if rows == 8:
+            raise TooLarge
+        return abs(rows - 2) + 0.5
+
+    target = Target(
+        "layer_norm_forward", {"row_bytes": 4096}, make, tune.grid(BLOCK_ROWS=(1, 2, 4, 8))
+    )
+    ((found, times),) = tune.tune([target], device, measure)
+    assert seen == [1, 2, 4, 8] and found is target
+    assert times == [({"BLOCK_ROWS": 2}, 0.5), ({"BLOCK_ROWS": 1}, 1.5), ({"BLOCK_ROWS": 4}, 2.5)]
+    before = tuning.read_table("default")
+    table = tune.with_rows(before, [(target, times[0][0])])
+    assert table["layer_norm_forward"][1] == {"max_row_bytes": 4096, "BLOCK_ROWS": 2}
+    assert table["layer_norm_forward"][0] == before["layer_norm_forward"][0]
+    assert make(device)() == tuning.blocks("layer_norm_forward", device, row_bytes=1)["BLOCK_ROWS"]
+
+
+def test_targets_are_rows_of_the_default_table() -> None:
+    table = tuning.read_table("default")
+    for target in tune.TARGETS:
+        row = table[target.kernel][tuning.row_number(table[target.kernel], target.sizes)]
+        names = {key for key in row if not key.startswith("max_")}
+        assert all(names <= candidate.keys() for candidate in target.candidates), target.kernel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--write", "x.json"], "--write FILE goes with --tune"), (["--tune"], "sees no GPU here")],
+)
+def test_command_refuses(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments == ["--tune"] and torch.cuda.is_available():
+        arguments, message = ["--write", "y.json"], "goes with --tune"
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
