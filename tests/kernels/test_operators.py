@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_rig import FP32, randn
+from kernel_rig import DEVICE, FP32, randn
 from torch import Tensor
 
 from kineticlip_kernels import (
     attention_triton,
     class_attention_triton,
+    fp8_triton,
     mlp_triton,
     norm_triton,
 )
@@ -47,6 +48,32 @@ OPERATORS = {
         [*operands((2, 2, 8), (2, 3, 8), (1, 2, 8)), *[None] * 3],
     ),
 }
+
+
+EIGHT = randn(3, 16, grad=False).to(torch.float8_e4m3fn)
+ONES = torch.ones(3, device=DEVICE)
+PARAMETERS = [WEIGHT.detach(), BIAS.detach()]
+ROW, QKV, KEY = (randn(*shape, grad=False) for shape in ((3, 24), (2, 3, 3, 1, 8), (1, 2, 1, 8)))
+INFERENCE = {
+    "quantize_rows": (fp8_triton.quantize_rows_triton, [ROW]),
+    "layer_norm_fp8": (fp8_triton.layer_norm_fp8_triton, [ROW, *PARAMETERS, 1e-5]),
+    "add_layer_norm_fp8": (fp8_triton.add_layer_norm_fp8_triton, [ROW, ROW, *PARAMETERS, 1e-5]),
+    "bias_quick_gelu_fp8": (fp8_triton.bias_quick_gelu_fp8_triton, [ROW, PARAMETERS[1]]),
+    "attention_fp8": (fp8_triton._attention, [QKV, [KEY], [KEY], ONES[:2]]),
+    "linear_fp8": (
+        fp8_triton.linear_fp8_triton,
+        [EIGHT, ONES, EIGHT, ONES, None, torch.bfloat16],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_operator_without_gradients(name: str) -> None:
+    op, inputs = INFERENCE[name]
+    # The schema test multiplies its inputs, which PyTorch cannot do in e4m3.
+    utilities = ["test_faketensor"] + ["test_schema"] * (name != "linear_fp8")
+    results = torch.library.opcheck(op.operator, tuple(inputs), test_utils=utilities)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
