@@ -16,6 +16,10 @@ if not torch.cuda.is_available():
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", type=int, default=200, help="videos of the memory test (200)")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real media and golden outputs; tests over it skip where it is absent."""
