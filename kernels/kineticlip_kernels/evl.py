@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import UnsupportedInput, choose, triton_reasons
+from kineticlip_kernels.dispatch import UnsupportedInput, choose, matrix_reasons, triton_reasons
 
 EvlImpl = Literal["auto", "reference", "lean", "triton"]
 
@@ -38,7 +38,7 @@ def neighbour_maps(q: Tensor, k: Tensor, *, impl: EvlImpl = "auto") -> Tensor:
             f"neighbour_maps: q is {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}; "
             "expected two [B, T, N >= 2, H, K] of one dtype"
         )
-    face = _choose("neighbour_maps", impl, triton_reasons(impl, q=q, k=k))
+    face = _choose("neighbour_maps", impl, matrix_reasons(impl, q=q, k=k))
     if face == "triton":
         from kineticlip_kernels.evl_maps_triton import neighbour_maps_triton
 

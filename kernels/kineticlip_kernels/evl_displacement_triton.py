@@ -17,6 +17,9 @@ from kineticlip_kernels import launch
 from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
 
+# Of products in fp32: three of 19-bit floats, on tensor cores and as good. 16 bits are exact.
+PRECISION = tl.constexpr("tf32x3")
+
 
 @triton.jit
 def _offset(query, key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -63,7 +66,7 @@ def _sums(
             weight = tl.load(weight_ptr + place, mask=inside, other=0.0)  # [BLOCK_C, BLOCK_R]
             inside = (key < patches)[:, None] & exists[None, :]
             part = tl.load(line[None, :] + key[:, None], mask=inside, other=0.0)
-            total = tl.dot(weight, part.to(weight.dtype), total, input_precision="ieee")
+            total = tl.dot(weight, part.to(weight.dtype), total, input_precision=PRECISION)
     place = (image.to(tl.int64) * patches + query)[None, :] * C + channel[:, None]
     inside = (channel < C)[:, None] & (image < clips * frames)[None, :]
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -103,7 +106,7 @@ def _grad_maps(
             weight = tl.load(weight_ptr + place, mask=inside, other=0.0)  # [BLOCK_R, BLOCK_C]
             inside = (channel < C)[:, None] & (pair < pairs)[None, :]
             grad = tl.load(line[None, :] + channel[:, None], mask=inside, other=0.0)
-            total = tl.dot(weight, grad.to(weight.dtype), total, input_precision="ieee")
+            total = tl.dot(weight, grad.to(weight.dtype), total, input_precision=PRECISION)
         target = (
             grad_maps_ptr + ((direction * pairs + pair).to(tl.int64) * patches + query) * patches
         )
@@ -156,7 +159,7 @@ def _grad_weights(
         place = (image.to(tl.int64) * patches + query)[None, :] * C + channel[:, None]
         mask = (channel < C)[:, None] & inside[None, :]
         grad = tl.load(grad_ptr + place, mask=mask, other=0.0)  # [BLOCK_C, BLOCK_L]
-        total = tl.dot(grad, part.to(grad.dtype), total, input_precision="ieee")
+        total = tl.dot(grad, part.to(grad.dtype), total, input_precision=PRECISION)
     place = (tl.program_id(0) * width + column)[None, :] * C + channel[:, None]
     inside = (channel < C)[:, None] & (column < width)[None, :]
     value = total.to(previous_ptr.dtype.element_ty)
@@ -182,7 +185,7 @@ def _forward(
     out = launch.empty(clips, frames, patches, width, dtype=previous.dtype, device=previous.device)
     if out.numel() == 0:
         return (out,)
-    block = blocks("displacement", maps.device, images=images)
+    block = blocks("displacement", maps.device, images=images, itemsize=previous.itemsize)
     programs = (patches, ceil_div(width, block["BLOCK_C"]), ceil_div(images, block["BLOCK_L"]))
     _sums[programs](
         maps.contiguous(),
@@ -216,7 +219,9 @@ def _backward(
     if flags[0]:
         grad_maps = launch.empty(*maps.shape, dtype=maps.dtype, device=maps.device)
         if maps.numel():
-            block = blocks("displacement_maps", maps.device, images=pairs)
+            block = blocks(
+                "displacement_maps", maps.device, images=pairs, itemsize=previous.itemsize
+            )
             keys, images = ceil_div(patches, block["BLOCK_R"]), ceil_div(pairs, block["BLOCK_L"])
             _grad_maps[(patches, keys, images)](
                 previous.contiguous(),
@@ -234,7 +239,7 @@ def _backward(
         launch.empty(bins, width, dtype=previous.dtype, device=previous.device) for _ in range(2)
     )
     if width:
-        block = blocks("displacement_weights", maps.device)
+        block = blocks("displacement_weights", maps.device, itemsize=previous.itemsize)
         _grad_weights[(2 * rows - 1, ceil_div(width, block["BLOCK_C"]), 2)](
             maps,
             grad,

@@ -96,7 +96,7 @@ class _Displacement(torch.autograd.Function):
         clips, frames = maps.shape[1], maps.shape[2] + 1
         total = torch.bmm(_bins(maps, 0, grid), _windows(previous, grid))  # [g, B * T * w, C]
         total.baddbmm_(_bins(maps, 1, grid), _windows(following, grid))
-        by_row = total.unflatten(1, (clips, frames, grid[1]))  # [g, B, T, w, C]
+        by_row: Tensor = total.unflatten(1, (clips, frames, grid[1]))  # [g, B, T, w, C]
         return by_row.permute(1, 2, 0, 3, 4).flatten(2, 3).to(previous.dtype)
 
     @staticmethod

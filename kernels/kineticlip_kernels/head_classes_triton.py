@@ -16,6 +16,9 @@ from kineticlip_kernels import launch
 from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
 
+# Of products in fp32: three of 19-bit floats, on tensor cores and as good. 16 bits are exact.
+PRECISION = tl.constexpr("tf32x3")
+
 CHUNK = 8192  # classes per step of the backward pass: its [chunk, N] is all that is kept of [C, N]
 
 
@@ -43,7 +46,7 @@ def _logits(
         row_at = row.to(tl.int64)[None, :] * x_stride + column[:, None]
         mask = (row < rows)[None, :] & (column < E)[:, None]
         x = tl.load(x_ptr + row_at, mask=mask, other=0.0)  # [E, R]
-        total = tl.dot(weight, x, total, input_precision="ieee")
+        total = tl.dot(weight, x, total, input_precision=PRECISION)
     return tl.where((place < count)[:, None], total * scale, float("-inf"))
 
 
@@ -210,7 +213,7 @@ def _launch_log_sum(
     target = None
     if labels is not None:  # a label outside [0, C) leaves its NaN and so becomes visible
         target = torch.full((rows,), float("nan"), dtype=torch.float32, device=x.device)
-    block = blocks("class_logits", x.device, rows=rows)
+    block = blocks("class_logits", x.device, rows=rows, itemsize=x.itemsize)
     steps = ceil_div(count, block["BLOCK_C"])
     partial = launch.empty(2, steps, rows, dtype=torch.float32, device=x.device)
     if rows:
@@ -248,7 +251,7 @@ def _class_cross_entropy_backward(
     # The logits are linear in the scale, so d loss / d scale = (mean logit - label's) / scale.
     grad_scale = ((grad_loss * excess).sum() / scale).reshape(scale.shape)
     rows = len(x)
-    block = blocks("class_logits", x.device, rows=rows)
+    block = blocks("class_logits", x.device, rows=rows, itemsize=x.itemsize)
     for first in range(0, len(classes) if rows and any(flags[:2]) else 0, CHUNK):
         chunk = classes[first : first + CHUNK]
         grad = launch.empty(len(chunk), rows, dtype=x.dtype, device=x.device)
@@ -281,7 +284,7 @@ def _top_classes(x: Tensor, classes: Tensor, k: int, scale: float) -> tuple[Tens
     rows, classes = _unit(x.flatten(0, 1)), _unit(classes)
     factor = torch.full((1,), scale, dtype=torch.float32, device=x.device)
     log_sum = _launch_log_sum(rows, classes, factor, None)[0][0].logsumexp(dim=0)
-    block = dict(blocks("top_classes", x.device))
+    block = dict(blocks("top_classes", x.device, itemsize=x.itemsize))
     wanted, top = block.pop("PROGRAMS"), power_of_two(k)
     block["BLOCK_C"] = max(block["BLOCK_C"], top)
     groups = max(ceil_div(items, block["BLOCK_R"]), 1)

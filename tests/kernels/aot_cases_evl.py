@@ -26,9 +26,9 @@ def maps(frames: int, side: int, heads: int) -> None:
     both_ways(neighbour_maps_triton(q, k), q, k)
 
 
-def sums(clips: int, frames: int, side: int, width: int) -> None:
+def sums(clips: int, frames: int, side: int, width: int, dtype: torch.dtype = BF16) -> None:
     inputs = [meta(2, clips, frames - 1, side * side, side * side)]
-    inputs += [meta((2 * side - 1) ** 2, width) for _ in range(2)]
+    inputs += [meta((2 * side - 1) ** 2, width, dtype=dtype) for _ in range(2)]
     both_ways(displacement_triton(*inputs, grid=(side, side)), *inputs)
 
 
@@ -47,6 +47,8 @@ def attend(clips: int, frames: int, count: int, width: int, heads: int) -> None:
 CASES = {
     "neighbour_maps B/16": lambda: maps(8, 14, 12),
     "neighbour_maps L/14-336": lambda: maps(32, 24, 16),
+    "displacement fp32, 1 clip": lambda: sums(1, 8, 14, 768, FP32),
+    "displacement fp32, 8 clips": lambda: sums(8, 8, 14, 768, FP32),
     "displacement B/16, 1 clip": lambda: sums(1, 8, 14, 768),
     "displacement B/16, 8 clips": lambda: sums(8, 8, 14, 768),
     "displacement L/14-336": lambda: sums(1, 32, 24, 1024),

@@ -19,8 +19,9 @@ def mean_normalize(width: int) -> None:
     torch.autograd.grad(y, x, torch.empty_like(y))
 
 
-def cross_entropy(rows: int, classes: int) -> None:
-    inputs = [meta(rows, 768), meta(classes, 768), meta(1, dtype=torch.float32)]
+def cross_entropy(rows: int, classes: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    inputs = [meta(rows, 768, dtype=dtype), meta(classes, 768, dtype=dtype)]
+    inputs.append(meta(1, dtype=torch.float32))
     labels = meta(rows, dtype=torch.int64, grad=False)
     loss = class_cross_entropy_triton(inputs[0], inputs[1], labels, inputs[2])
     torch.autograd.grad(loss, inputs, torch.empty_like(loss))
@@ -31,6 +32,10 @@ CASES = {
     "mean_normalize 4096": lambda: mean_normalize(4096),
     "class_cross_entropy 8 x 400": lambda: cross_entropy(8, 400),
     "class_cross_entropy 256 x 100000": lambda: cross_entropy(256, 100_000),
+    "class_cross_entropy fp32": lambda: cross_entropy(256, 400, torch.float32),
+    "top_classes fp32": lambda: top_classes_triton(
+        meta(8, 768, dtype=torch.float32), meta(400, 768, dtype=torch.float32), 5
+    ),
     "top_classes 5 of 100000": lambda: top_classes_triton(
         meta(64, 768, grad=False), meta(100_000, 768, grad=False), 5
     ),
