@@ -87,7 +87,8 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x[start : start + ROWS].float()
         part = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-12).div_(127)
         scale[start : start + ROWS] = part
-        values[start : start + ROWS] = rows.div_(part).round_().add_(MIDDLE)
+        # By way of int32: the conversion of floats to bytes is not vectorised (99 us, not 144).
+        values[start : start + ROWS] = rows.div_(part).round_().add_(MIDDLE).int()
     return values, scale
 
 
