@@ -189,3 +189,17 @@ def test_only_long_runs_with_free_shapes_are_probed(
     assert any("probed" in note for note in notes) == probed
     assert (chunk == 6) != probed
     assert "layers packed by oneDNN" in notes
+
+
+def test_compilation_is_for_towers_of_single_images() -> None:
+    pairs = ["eval.compile=always", "text4vis.temporal_module=tokenshift"]
+    config = load_config(None, [*TINY, *pairs])
+    model = prepare(METHODS["text4vis"].build(config, NAMES), "bf16", CPU)
+    with pytest.raises(
+        UserError, match=r"eval.compile=always: only for methods that encode single"
+    ):
+        make_steady(model, config, device=CPU, chunk=6, images=10)
+    config = load_config(None, [*TINY, "eval.compile=always"])
+    model = prepare(METHODS["text4vis"].build(config, NAMES), "bf16", CPU)
+    _, notes = make_steady(model, config, device=CPU, chunk=6, images=10)  # compiles when called
+    assert isinstance(model.visual, SteadyTower) and "compiled by Inductor" in notes

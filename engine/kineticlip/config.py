@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 EvalPrecision = Literal["fp32", "bf16", "fp16", "int8"]  # int8: on a CPU, of the tower's products
-Compile = Literal["auto", "on", "off"]
+Compile = Literal["auto", "always", "never"]  # YAML reads on and off as booleans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,7 @@ class DataConfig:
     val_min_frames: int = 0  # so for the list to score; 8 in official training, 0 in official tests
     shots: int = 0  # K-shot training; 0 trains on everything
     workers: int = 2  # decoding threads of one process
+    probe_cache: str = ""  # a file beside the data set: opening a video again costs no second pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +221,7 @@ class EvalConfig:
     """The evaluation loop."""
 
     precision: EvalPrecision = "bf16"
-    compile: Compile = "auto"  # auto: where the run is long enough to pay for it
+    compile: Compile = "auto"  # a CUDA graph on a GPU, packed layers on a CPU; always: Inductor
     batch_frames: int = 0  # images per forward; 0 finds the fastest that fits
     deterministic: bool = False  # fixed batch shapes: results repeat to the byte
 

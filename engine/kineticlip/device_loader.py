@@ -99,7 +99,8 @@ class DeviceLoader:
         while videos:
             video = videos.popleft()
             if isinstance(video, VideoViews) and video.images.is_cuda:
-                video.images.record_stream(torch.cuda.current_stream(self._device))
+                for tensor in (video.images, video.frame_index, video.crop_index):
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
             yield video
 
     def _read(

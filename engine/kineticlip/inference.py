@@ -210,11 +210,12 @@ def make_steady(
     The chunk is probed where it is not given, batch shapes may vary and the run is long enough.
     eval.compile: auto records a CUDA graph on a GPU and leaves the packed layers of a CPU alone,
     which are 4 % faster than Inductor's frozen code (4 blocks of ViT-B/16, bf16, Zen 4) and cost
-    no compilation; on compiles for either; off does neither.
+    no compilation; always compiles for either; never does neither.
     """
     tower = model.get_submodule("visual")
     notes = [f"{config.eval.precision} on {device.type}"]
-    plain = not getattr(model, "per_clip", False) and isinstance(tower, VisionTransformer)
+    # Methods that reach into the tower, or show it whole clips, would not use the result.
+    plain = getattr(model, "per_clip", True) is False and isinstance(tower, VisionTransformer)
     fixed = config.eval.batch_frames or config.eval.deterministic
     if plain and not fixed and images >= PROBE_SHARE * 4 * LARGEST[device.type]:
         probe = probe_chunk(
@@ -228,9 +229,13 @@ def make_steady(
         notes.append(f"chunk probed: {chunk} at {probe.rates[chunk]:.1f} images/s")
     if any(isinstance(layer, ByteLinear | PackedLinear) for layer in tower.modules()):
         notes.append("layers packed by oneDNN")
-    if config.eval.compile == "on":
+    if config.eval.compile == "always":
+        if config.eval.precision == "int8":
+            raise UserError("eval.compile=always: int8 layers are packed already; use auto")
         if not plain:
-            raise UserError("eval.compile=on: this method's tower takes no single images")
+            raise UserError(
+                "eval.compile=always: only for methods that encode single images by a plain ViT"
+            )
         model.visual = compiled(tower, chunk)
         notes.append("compiled by Inductor")
     elif config.eval.compile == "auto" and device.type == "cuda" and plain:

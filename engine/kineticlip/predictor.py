@@ -113,7 +113,9 @@ def load_recognizer(
     identity = UNTRAINED
     if config.model.weights != "random":
         identity = resolve_weights(config.model.arch, config.model.weights).fingerprint
-    compiling = config.eval.compile == "on" and config.eval.precision != "int8"  # packs by itself
+    compiling = (
+        config.eval.compile == "always" and config.eval.precision != "int8"
+    )  # packs by itself
     reference = None
     if config.eval.precision == "int8" and with_reference:
         reference = prepare(copy.deepcopy(model), "bf16", device)
@@ -121,7 +123,12 @@ def load_recognizer(
         config=config,
         class_names=tuple(class_names),
         method=method,
-        model=prepare(model, config.eval.precision, device, packed=not compiling),
+        model=prepare(
+            model,
+            config.eval.precision,
+            device,
+            packed=not compiling or config.eval.precision == "int8",
+        ),
         reference=reference,
         device=device,
         weights=identity,
