@@ -63,7 +63,7 @@ def test_predict_prints_one_document(clips: Path, capsys: pytest.CaptureFixture[
     words = ("predict", str(clips / "clip0.mp4"), "--labels", "a, b, c", *UNTRAINED, "--json")
     assert main(words) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["untrained"] is True and document["frames"] == 16
+    assert document["untrained"] is True and document["frames"] == 12
     assert {row["label"] for row in document["ranking"]} == {"a", "b", "c"}
     scores = [row["probability"] for row in document["ranking"]]
     assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1, abs=1e-5)
@@ -72,7 +72,7 @@ def test_predict_prints_one_document(clips: Path, capsys: pytest.CaptureFixture[
 def test_predict_marks_untrained_weights(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(("predict", str(clips / "clip0.mp4"), "--labels", "a, b", *UNTRAINED)) == 0
     out = capsys.readouterr().out
-    assert out.startswith("UNTRAINED") and "16 frames" in out and "1  " in out
+    assert out.startswith("UNTRAINED") and "12 frames" in out and "1  " in out
 
 
 def test_predict_names_a_bad_file(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -335,3 +335,13 @@ def test_an_exception_comes_out_in_its_place_and_ends_the_threads() -> None:
     with pytest.raises(ZeroDivisionError):
         next(results)
     assert not loader_threads()
+
+
+def test_a_configured_probe_cache_is_used(tmp_path: Path, clips: list[Entry]) -> None:
+    config = settings(f"data.probe_cache={tmp_path / 'probes.jsonl'}")
+    first = list(loader.TestLoader(clips, config))
+    assert len((tmp_path / "probes.jsonl").read_text().splitlines()) == len(clips)
+    again = list(loader.TestLoader(clips, config))
+    for one, two in zip(first, again, strict=True):
+        assert isinstance(one, VideoViews) and isinstance(two, VideoViews)
+        assert torch.equal(one.images, two.images)

@@ -40,7 +40,7 @@ _FOLDER = re.compile(r"step-\d{8}")
 # What may change between the two halves of a run: where it writes and how often, and evaluation.
 _FREE = {
     "": {"name", "output", "test", "eval"},
-    "data": {"val_list", "val_root", "workers"},
+    "data": {"val_list", "val_root", "workers", "probe_cache"},
     "train": {"checkpoint_every", "keep_checkpoints", "eval_every", "log_every"}
     | {"max_skipped_steps"},
 }

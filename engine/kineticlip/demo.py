@@ -37,7 +37,7 @@ MOTIONS = (
 # Thing i never trains with these motions; every thing and every motion still trains four times.
 KEPT_OUT = tuple((i, (i + step) % len(MOTIONS)) for i in range(len(THINGS)) for step in (0, 2))
 
-WIDTH, HEIGHT, FRAMES, RATE = 80, 64, 16, 16
+WIDTH, HEIGHT, FRAMES, RATE = 80, 64, 12, 12
 
 ARCHITECTURE = "ViT-tiny-16"
 # Positions eight times as loud as CLIP's start: what the ball does is where it is, frame by frame.

@@ -47,6 +47,19 @@ class BadVideo:
     reason: str
 
 
+@functools.cache
+def _shared_cache(path: str) -> ProbeCache:
+    """One open cache a file and process; it closes with the process."""
+    return ProbeCache(path)
+
+
+def cache_for(data: DataConfig, given: ProbeCache | None) -> ProbeCache | None:
+    """The cache given, or the one data.probe_cache names. UserError where it cannot be used."""
+    if given is not None or not data.probe_cache:
+        return given
+    return _shared_cache(data.probe_cache)
+
+
 def pipeline_of(data: DataConfig, default: str) -> str:
     """The sampling and pixel rules in force: data.pipeline, or the method's own for auto."""
     return default if data.pipeline == "auto" else data.pipeline
@@ -185,7 +198,9 @@ class TestLoader:
         sample_test(1, config.data, config.test, rules)  # settings that no video can meet
         geometry(64, 64, size=32, crops=config.test.crops, pipeline=rules)
         self.entries = entries[rank::world]
-        self._load = functools.partial(views_of, config=config, pipeline=pipeline, cache=cache)
+        self._load = functools.partial(
+            views_of, config=config, pipeline=pipeline, cache=cache_for(config.data, cache)
+        )
         self._workers = config.data.workers
 
     def __len__(self) -> int:
@@ -259,7 +274,7 @@ class TrainLoader:
         self._seed = config.seed
         self._size = config.train.micro_batch_size
         self._rank, self._world = rank, world
-        self._cache = cache
+        self._cache = cache_for(config.data, cache)
         self._pin = pin_memory
         sample_train(1, config.data, self._pipeline, ClipRandom.seeded(0))  # settings that fit none
 

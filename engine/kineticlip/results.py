@@ -41,6 +41,7 @@ FORMAT = 1
 UNTRAINED = "untrained"  # the protocol's weights id of a model with random weights
 INTERVAL_LEVEL = 0.95
 THUMBNAIL_HEIGHT = 96
+LIST_KEYS = ("train_list", "train_root", "val_list", "val_root", "labels")
 
 Entry = tuple[str, int]  # a list line: path as listed, label (-1: several labels, or none)
 
@@ -75,7 +76,7 @@ def protocol_fingerprint(
     plain = config_to_dict(config)
     for key in ("name", "output", "train", "optim"):
         del plain[key]
-    for key in ("train_list", "train_root", "val_list", "val_root", "labels", "workers"):
+    for key in (*LIST_KEYS, "workers", "probe_cache"):
         del plain["data"][key]
     return {
         "method": config.method,
@@ -488,8 +489,7 @@ def _counted(words: Iterable[str]) -> dict[str, int]:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if np.isnan(value) else value
+    return None if np.isnan(value) else value  # JSON has no NaN
 
 
 def _interval(hits: Sequence[bool]) -> list[float] | None:

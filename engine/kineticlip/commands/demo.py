@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
                 f"name=demo-{name}", f"output={root / name}", f"classifier.source={source}",
                 f"model.weights={start}",
                 f"data.train_list={data.train_list}", f"data.train_root={data.root}",
-                f"data.labels={data.seen_labels}", *args.set,
+                f"data.labels={data.seen_labels}",
+                f"data.probe_cache={root / 'probes.jsonl'}", *args.set,
             ),
         )  # fmt: skip
     lists = {
