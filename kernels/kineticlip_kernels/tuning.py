@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,15 +64,23 @@ def tables() -> tuple[str, ...]:
 @functools.cache
 def read_table(name: str) -> Table:
     """One table: kernel -> rows. Kernels that a device's table leaves out are the default's."""
-    table: Table = json.loads((CONFIGS / f"{name}.json").read_text())
-    table.pop("status", None)
-    return table if name in ("default", "interpreter") else read_table("default") | table
+    own = {key: rows for key, rows in _read(name).items() if key != "status"}
+    return own if name in ("default", "interpreter") else read_table("default") | own
+
+
+def own_kernels(name: str) -> frozenset[str]:
+    """The kernels that a table itself has rows for."""
+    return frozenset(_read(name)) - {"status"}
 
 
 def status(name: str) -> str:
     """Where the numbers of a table come from."""
-    table = json.loads((CONFIGS / f"{name}.json").read_text())
-    return str(table.get("status", "chosen for every GPU, measured on none"))
+    return str(_read(name).get("status", "chosen for every GPU, measured on none"))
+
+
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
+    return content
 
 
 def row_number(rows: list[dict[str, int]], sizes: Mapping[str, int]) -> int:

@@ -34,8 +34,8 @@ def test_kernels_compile_well(arch: int, table: str, pytestconfig: pytest.Config
     rows = {(kernel, row) for kernel, row in found["rows"]}
     committed = {
         (kernel, row)
-        for kernel, content in tuning.read_table(table).items()
-        for row in range(len(content))
+        for kernel in tuning.own_kernels(table)
+        for row in range(len(tuning.read_table(table)[kernel]))
     }
     if arch >= 90:  # older ones leave e4m3 out
         assert not committed - rows, "rows of the table that no case compiles"
