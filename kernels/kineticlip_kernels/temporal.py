@@ -1,0 +1,59 @@
+"""Attention between the frames of a clip: sequences so short that one program holds them whole.
+
+Shape letters: B clips, T frames, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kineticlip_kernels.dispatch import (
+    Impl,
+    UnsupportedInput,
+    choose,
+    dtype_name,
+    triton_reasons,
+)
+from kineticlip_kernels.launch import power_of_two
+
+# T * K, both rounded up to powers of two, by bytes an element: beyond it registers spill, on
+# sm_80 first. 128 frames in 16 bits and 32 in fp32 at K = 64, half of it at 128.
+MAX_TILE = {2: 128 * 64, 4: 32 * 64}
+
+
+def frame_attention(qkv: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(K)) v over the frames of each clip.
+
+    qkv [B, T, 3, H, K] as one projection writes it, any strides -> [B, T, H, K]. Differentiable;
+    the Triton face is one kernel each way, keeps nothing but qkv, and writes the gradient packed
+    as the projection wants it. All shapes are static and nothing waits for the device, so a
+    CUDA graph can hold a whole header of such layers.
+    """
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise UnsupportedInput(f"frame_attention: qkv is {tuple(qkv.shape)}: [B, T, 3, H, K]")
+    if choose("frame_attention", impl, frame_reasons(impl, qkv)) == "reference":
+        return frame_attention_reference(qkv)
+    from kineticlip_kernels.temporal_triton import frame_attention_triton
+
+    return frame_attention_triton(qkv)
+
+
+def frame_attention_reference(qkv: Tensor) -> Tensor:
+    """The specification of `frame_attention` in plain PyTorch."""
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, T, K]
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # [B, H, T, T]
+    mixed: Tensor = scores.softmax(dim=-1) @ v  # [B, H, T, K]
+    return mixed.transpose(1, 2)
+
+
+def frame_reasons(impl: str, qkv: Tensor) -> list[str]:
+    """Why the Triton face cannot take this tensor."""
+    why_not = triton_reasons(impl, qkv=qkv)
+    frames, width = (max(power_of_two(size), 16) for size in (qkv.shape[1], qkv.shape[4]))
+    limit = MAX_TILE.get(qkv.itemsize, 0)
+    if frames * width > limit:
+        why_not.append(
+            f"{qkv.shape[1]} frames of {qkv.shape[4]} channels in {dtype_name(qkv.dtype)} "
+            f"(at most {limit // width} frames)"
+        )
+    return why_not

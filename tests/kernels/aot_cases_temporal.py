@@ -1,0 +1,27 @@
+"""Launches of the temporal header's attention at its usual lengths, for compilation only."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from kineticlip_kernels.temporal_triton import frame_attention_triton
+
+
+def attention(frames: int, width: int, dtype: torch.dtype) -> None:
+    qkv = torch.empty(2, frames, 3, 12, width, dtype=dtype, device="meta", requires_grad=True)
+    out = frame_attention_triton(qkv)
+    torch.autograd.grad(out, qkv, torch.empty_like(out))
+
+
+SHAPES = [(frames, 64, torch.bfloat16) for frames in (8, 32, 77)]
+SHAPES += [(64, 128, torch.bfloat16), (32, 64, torch.float32), (16, 128, torch.float32)]
+
+CASES = {f"frame_attention {shape}": partial(attention, *shape) for shape in SHAPES}
+
+KINDS = {
+    # 4 KiB a head and clip: neither products nor memory, but launches bound it.
+    "temporal_triton._forward": "small",
+    "temporal_triton._backward": "small",
+}
