@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Tensors = tuple[Tensor, ...]
 
@@ -35,6 +36,19 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def on_device_of(inputs: Sequence[Any], function: Callable[..., Any]) -> Any:
+    """function(*inputs), launched on the GPU that the first tensor is on.
+
+    Triton launches on the current one, whatever its arguments are. Autograd and Inductor set the
+    current device themselves.
+    """
+    device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return function(*inputs)
+    with torch.cuda.device(device):
+        return function(*inputs)
+
+
 class Operator:
     """An op without gradients: its launcher in eager mode, kineticlip::<name> to torch.compile."""
 
@@ -44,7 +58,9 @@ class Operator:
         self.operator.register_fake(fake)
 
     def __call__(self, *inputs: Any) -> Any:
-        return (self.operator if torch.compiler.is_compiling() else self._launch)(*inputs)
+        if torch.compiler.is_compiling():
+            return self.operator(*inputs)
+        return on_device_of(inputs, self._launch)
 
 
 class FusedOp:
@@ -104,7 +120,10 @@ class FusedOp:
         members = {
             "forward": staticmethod(forward),
             "setup_context": staticmethod(remember),
-            "backward": staticmethod(lambda ctx, *grads: differentiate(backward, ctx, *grads)),
+            # A second derivative is an error, not a wrong number.
+            "backward": staticmethod(
+                once_differentiable(lambda ctx, *grads: differentiate(backward, ctx, *grads))
+            ),
         }
         function: Any = type(f"{name}_function", (torch.autograd.Function,), members)
         self._apply: Callable[..., Tensors] = function.apply
@@ -117,9 +136,9 @@ class FusedOp:
         """The results, and behind them the statistics, which have no gradient."""
         if torch.compiler.is_compiling():
             return tuple(self.operator(*inputs))
-        if torch.is_grad_enabled() and any(_wants_grad(value) for value in inputs):
-            return self._apply(*inputs)
-        return self._launch(*inputs)
+        recorded = torch.is_grad_enabled() and any(_wants_grad(value) for value in inputs)
+        outputs: Tensors = on_device_of(inputs, self._apply if recorded else self._launch)
+        return outputs
 
 
 def _wants_grad(value: Any) -> bool:

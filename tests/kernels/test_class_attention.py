@@ -95,6 +95,16 @@ def test_absorbed_projections_change_nothing() -> None:
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
+def test_reference_passes_gradcheck() -> None:
+    inputs = operands(2, 3, 2, 4, ((1, 2),), torch.float64)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, source: Tensor) -> Tensor:
+        return class_attention_reference(x, weight, bias, heads=2, sources=[source])
+
+    leaves = (inputs["x"], inputs["weight"], inputs["bias"], *inputs["sources"])
+    assert torch.autograd.gradcheck(function, leaves)
+
+
 def test_key_bias_has_no_gradient() -> None:
     """It adds the same to every score of a head."""
     inputs = operands(2, 5, 2, 8)

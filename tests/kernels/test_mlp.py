@@ -78,3 +78,6 @@ def test_reference_is_the_formula_with_and_without_gradients() -> None:
     with torch.no_grad():
         assert torch.allclose(quick_gelu(x), expected, rtol=1e-14)
     assert torch.autograd.gradcheck(quick_gelu, x)
+    assert torch.autograd.gradcheck(bias_quick_gelu_reference, (x, x[0].detach().clone()))
+    inputs = linear_inputs((3,), 4, 5, torch.float64)
+    assert torch.autograd.gradcheck(linear_quick_gelu_reference, tuple(inputs.values()))

@@ -60,6 +60,21 @@ def test_rows_and_columns_with_gaps() -> None:
     check(layer_norm_reference, face, x=class_token, **rest)
 
 
+def test_references_pass_gradcheck() -> None:
+    x, update = randn(3, 5, dtype=torch.float64), randn(3, 5, dtype=torch.float64, seed=1)
+    inputs = [x, *parameters(5, torch.float64).values()]
+    assert torch.autograd.gradcheck(layer_norm_reference, inputs)
+    assert torch.autograd.gradcheck(add_layer_norm_reference, [x, update, *inputs[1:]])
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    x = randn(2, 8)
+    y = layer_norm(x, *parameters(8, FP32).values(), impl="triton")
+    (grad,) = torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_gradient_of_the_stream_alone() -> None:
     inputs = [randn(3, 8, seed=seed) for seed in (0, 1)]
     total, _ = add_layer_norm(*inputs, *parameters(8, FP32).values(), impl="triton")
