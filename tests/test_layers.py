@@ -25,7 +25,7 @@ LAYERS = (
     {"metrics", "results", "protocols", "optim", "deepspeed_config"},
     {"train", "train_log", "validation", "launch", "evaluate", "predictor", "features", "demo"}
     | {"feature_cache"}
-    | {"attributes", "inference", "parallel_eval", "device_loader"},
+    | {"attributes", "inference", "fp8_tower", "parallel_eval", "device_loader"},
     {"report", "report_data", "figures", "parity"},
     {"commands"},
     {"cli", "__main__"},

@@ -20,7 +20,9 @@ from kineticlip.official import is_official, translate
 log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
-EvalPrecision = Literal["fp32", "bf16", "fp16", "int8"]  # int8: on a CPU, of the tower's products
+# int8 on a CPU and fp8 on a GPU are of the tower's products; everything else is bf16 then.
+EvalPrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+EIGHT_BITS = ("int8", "fp8")
 Compile = Literal["auto", "always", "never"]  # YAML reads on and off as booleans
 
 

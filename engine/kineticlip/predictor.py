@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kineticlip.batch import VideoViews
 from kineticlip.checkpoint import load_weights
-from kineticlip.config import Config, config_from_dict
+from kineticlip.config import EIGHT_BITS, Config, config_from_dict
 from kineticlip.errors import UserError
 from kineticlip.evaluate import Scored, compare_precisions, default_chunk, prepare, score_stream
 from kineticlip.loader import BadVideo, views_of
@@ -32,7 +32,7 @@ class Recognizer:
     method: Method
     model: nn.Module
     device: torch.device
-    reference: nn.Module | None  # the same in bf16, where precision is int8, to compare with
+    reference: nn.Module | None  # the same in bf16, where precision is 8 bits, to compare
     weights: str  # what identifies the tensors: SHA-256 of the file, or UNTRAINED
 
     @property
@@ -100,7 +100,7 @@ def load_recognizer(
 
     Raises UserError where weights are missing for a part that has to be trained: a score of a
     random head looks like any other. `model.weights: random` runs, marked as untrained.
-    with_reference: of an int8 model keep the one in bf16 too.
+    with_reference: of an 8-bit model keep the one in bf16 too.
     """
     method = method_named(config.method)
     model = method.build(config, class_names)
@@ -117,7 +117,7 @@ def load_recognizer(
         config.eval.compile == "always" and config.eval.precision != "int8"
     )  # packs by itself
     reference = None
-    if config.eval.precision == "int8" and with_reference:
+    if config.eval.precision in EIGHT_BITS and with_reference:
         reference = prepare(copy.deepcopy(model), "bf16", device)
     return Recognizer(
         config=config,
@@ -127,7 +127,7 @@ def load_recognizer(
             model,
             config.eval.precision,
             device,
-            packed=not compiling or config.eval.precision == "int8",
+            packed=not compiling or config.eval.precision in EIGHT_BITS,
         ),
         reference=reference,
         device=device,
@@ -135,13 +135,13 @@ def load_recognizer(
     )
 
 
-COMPARED = 4  # videos that the price of int8 is measured on
+COMPARED = 4  # videos that the price of 8 bits is measured on
 
 
 def compare_first(
     recognizer: Recognizer, stream: Iterable[VideoViews | BadVideo]
 ) -> tuple[Iterator[VideoViews | BadVideo], dict[str, float]]:
-    """(the stream, unchanged; what int8 costs on one view of its first videos, against bf16)."""
+    """(the stream, unchanged; what 8 bits cost on one view of its first videos, against bf16)."""
     assert recognizer.reference is not None
     source = iter(stream)
     first = list(itertools.islice(source, COMPARED))

@@ -303,7 +303,7 @@ def evaluate_list(
         stream: Iterable[VideoViews | BadVideo] = loader
         if todo and not config.data.features:
             if recognizer.reference is not None:
-                stream, extra["int8"] = compare_first(recognizer, loader)
+                stream, extra[config.eval.precision] = compare_first(recognizer, loader)
             views = config.data.num_frames * config.test.clips * config.test.crops
             chunk, tower = make_steady(
                 recognizer.model,
@@ -346,6 +346,7 @@ def evaluate_list(
 
 def describe(summary: dict[str, Any]) -> list[str]:
     """The summary in a few lines for a person."""
+    from kineticlip.config import EIGHT_BITS
     from kineticlip.protocols import describe_extra
 
     lines = []
@@ -363,15 +364,16 @@ def describe(summary: dict[str, Any]) -> list[str]:
         f"{protocol['clips']} clips x {protocol['crops']} crops x {protocol['frames']} frames"
     )
     extra = summary["extra"]
-    if "int8" in extra:
-        delta = extra["int8"]
+    eight = next((name for name in EIGHT_BITS if name in extra), None)
+    if eight is not None:
+        delta = extra[eight]
         lines.append(
-            f"int8 against bf16 on one view of {delta['videos']} videos: "
+            f"{eight} against bf16 on one view of {delta['videos']} videos: "
             f"top-1 equal in {delta['top1_agreement']:.0f} %, top-5 set in "
             f"{delta['top5_agreement']:.0f} %; scores differ by at most "
             f"{delta['score_difference']:.1e}"
         )
-    lines += describe_extra({key: value for key, value in extra.items() if key != "int8"})
+    lines += describe_extra({key: value for key, value in extra.items() if key != eight})
     if summary["bad"]:
         reasons = "; ".join(f"{count} x {why}" for why, count in summary["bad_reasons"].items())
         lines.append(f"{summary['bad']} videos could not be decoded and are not counted: {reasons}")
