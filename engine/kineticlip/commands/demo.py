@@ -15,7 +15,7 @@ from typing import Any
 
 CommandLine = Callable[[Sequence[str]], int]  # the console script's own entry, handed down
 
-RECIPE = "demo-text4vis-tiny16-f8"
+RECIPE = "demo-text4vis-tiny16-f6"
 SOURCES = {"text": "text", "orthogonal": "random_orthogonal"}
 SPLITS = {
     "seen": "24 sentences seen in training",
