@@ -209,7 +209,8 @@ class TrainConfig:
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_clipping: float = 0.0  # 0 turns it off
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # whole blocks anew in the backward pass
+    recompute_outputs: bool = False  # LayerNorm's and QuickGELU's alone: no product twice
     deepspeed: str = ""  # a DeepSpeed JSON laid under the engine's own settings
     checkpoint_every: int = 1000  # optimiser steps
     keep_checkpoints: int = 2

@@ -34,6 +34,7 @@ from kineticlip.journal import Journal, dump_json, write_atomic
 from kineticlip.methods.method import Method
 from kineticlip.optim import Timetable, build_optimizer, epochs_of, rate_factor
 from kineticlip.train_log import METRICS, StepLog, last_evaluation, open_run
+from kineticlip_kernels.recompute import recomputed
 
 WEIGHTS = "weights.safetensors"
 FINISHED = "finished.json"  # written last: a run without it did not end, whatever its exit status
@@ -291,7 +292,9 @@ class _Run:
         while not ends:
             ends = self.table.is_step(position)
             self.engine.set_gradient_accumulation_boundary(ends)
-            loss, metrics = self.method.loss(self.engine, _on(self.device, next(batches)))
+            lean = recomputed() if self.config.train.recompute_outputs else contextlib.nullcontext()
+            with lean:
+                loss, metrics = self.method.loss(self.engine, _on(self.device, next(batches)))
             self.engine.backward(loss)
             self.log.add(loss, metrics)
             if not ends:

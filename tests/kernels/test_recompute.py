@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from kernel_rig import BF16, randn
 from torch import Tensor
 
+from kineticlip.architectures import VisionShape
+from kineticlip.vision import VisionTransformer
 from kineticlip_kernels import mlp, norm
 from kineticlip_kernels.mlp import linear_quick_gelu
 from kineticlip_kernels.norm import add_layer_norm, layer_norm
@@ -82,3 +84,19 @@ def test_nothing_is_recorded_outside() -> None:
     (found,) = torch.autograd.grad(out, [x])
     (expected,) = torch.autograd.grad(mlp.quick_gelu(x).square().sum(), [x])
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_tower_trains_to_the_same_bits(checkpointing: bool) -> None:
+    shape = VisionShape(resolution=16, patch=8, width=32, layers=2, heads=2, embed=8, mlp_width=64)
+    torch.manual_seed(0)
+    tower = VisionTransformer(shape)
+    tower.transformer.checkpointing = checkpointing
+    pixels = torch.randn(3, 3, 16, 16)
+    results = []
+    for context in (nullcontext(), recomputed()):
+        with context:
+            loss = tower(pixels).square().sum()
+        results.append(torch.autograd.grad(loss, list(tower.parameters())))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
