@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"' || exit 2
 
 # SIGINT, not SIGTERM: pytest stops where it is and still writes what it has measured.
-timeout --signal=INT "${SECONDS_ALLOWED:-460}" \
+timeout --signal=INT "${SECONDS_ALLOWED:-450}" \
     "$python" -m pytest tests/kernels bench \
     --ignore=tests/kernels/test_aot.py \
     --import-mode=importlib --continue-on-collection-errors \

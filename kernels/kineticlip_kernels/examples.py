@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kineticlip_kernels import attention, evl, fp8, head, mlp, norm, patches
+from kineticlip_kernels import attention, evl, fp8, head, mlp, norm, patches, temporal
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ def examples(device: torch.device, dtype: torch.dtype) -> dict[str, Example]:
         ),
         "mean_softmax": Example(
             head.mean_softmax, {"logits": randn(4, 3, 50)}, head.mean_softmax_reference
+        ),
+        "frame_attention": Example(
+            temporal.frame_attention,
+            {"qkv": randn(3, 8, 3, 2, 64)},
+            temporal.frame_attention_reference,
         ),
         "neighbour_maps": Example(
             evl.neighbour_maps,
