@@ -46,13 +46,11 @@ def attend(clips: int, frames: int, count: int, width: int, heads: int) -> None:
 
 CASES = {
     "neighbour_maps B/16": lambda: maps(8, 14, 12),
-    "neighbour_maps L/14-336": lambda: maps(32, 24, 16),
     "displacement fp32, 1 clip": lambda: sums(1, 8, 14, 768, FP32),
     "displacement fp32, 8 clips": lambda: sums(8, 8, 14, 768, FP32),
     "displacement B/16, 1 clip": lambda: sums(1, 8, 14, 768),
     "displacement B/16, 8 clips": lambda: sums(8, 8, 14, 768),
     "displacement L/14-336": lambda: sums(1, 32, 24, 1024),
-    "attend_tokens B/16": lambda: attend(8, 8, 197, 768, 12),
     "attend_tokens L/14-336": lambda: attend(1, 32, 577, 1024, 16),
 }
 

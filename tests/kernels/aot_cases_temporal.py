@@ -15,8 +15,9 @@ def attention(frames: int, width: int, dtype: torch.dtype) -> None:
     torch.autograd.grad(out, qkv, torch.empty_like(out))
 
 
-SHAPES = [(frames, 64, torch.bfloat16) for frames in (8, 32, 77)]
-SHAPES += [(64, 128, torch.bfloat16), (32, 64, torch.float32), (16, 128, torch.float32)]
+# The longest sequences that the face takes, and the usual one.
+SHAPES = [(32, 64, torch.bfloat16), (77, 64, torch.bfloat16)]
+SHAPES += [(64, 128, torch.bfloat16), (32, 64, torch.float32)]
 
 CASES = {f"frame_attention {shape}": partial(attention, *shape) for shape in SHAPES}
 

@@ -1,21 +1,17 @@
-"""Resize, crop and patch matrix: Pillow is the oracle of the reference, to the byte."""
+"""Resize, crop and patch matrix: the Triton face is the reference to the byte."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from kernel_rig import BF16, DEVICE, DTYPES, FP32
-from PIL import Image
+from patch_inputs import CROPS, noise
 from torch import Tensor
 
 from kineticlip_kernels import patches_triton
 from kineticlip_kernels.dispatch import UnsupportedInput
 from kineticlip_kernels.patches import (
-    Crop,
     Resample,
     cut_crops,
     cut_crops_reference,
@@ -25,50 +21,6 @@ from kineticlip_kernels.patches import (
     unfold_patches,
     unfold_patches_reference,
 )
-
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-CROPS = [(0, 0, False), (7, 0, False), (3, 2, True), (3, 0, False), (-5, -3, True), (40, 0, False)]
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Random bytes, a part of them 0 or 255: cubic weights overshoot there and must be clamped."""
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    hard = torch.rand(shape, generator=generator) < 0.5
-    return torch.where(hard, (pixels > 127) * 255, pixels).to(torch.uint8).to(DEVICE)
-
-
-def pillow(
-    frames: Tensor, crops: Sequence[Crop], width: int, height: int, side: int, resample: Resample
-) -> Tensor:
-    views = []
-    for frame in frames.cpu().numpy():
-        resized = Image.fromarray(frame).resize((width, height), FILTERS[resample])
-        for x, y, mirrored in crops:
-            crop = resized.crop((x, y, x + side, y + side))
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop
-            views.append(np.asarray(crop).transpose(2, 0, 1))
-    return torch.from_numpy(np.stack(views)).unflatten(0, (len(frames), len(crops))).to(DEVICE)
-
-
-@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        ((53, 37), (31, 24)),  # both smaller
-        ((20, 20), (47, 64)),  # both larger
-        ((31, 90), (31, 24)),  # one axis as it was
-        ((320, 240), (341, 256)),  # Kinetics at 340 short side, for 224-pixel crops
-        ((7, 5), (1, 1)),
-    ],
-)
-def test_reference_is_pillow_to_the_byte(
-    source: tuple[int, int], target: tuple[int, int], resample: Resample
-) -> None:
-    frames, side = noise(2, source[1], source[0], 3), min(24, *target)
-    geometry = {"width": target[0], "height": target[1], "side": side, "resample": resample}
-    found = cut_crops(frames, CROPS, impl="reference", **geometry)
-    assert torch.equal(found, pillow(frames, CROPS, **geometry))
 
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
