@@ -191,7 +191,7 @@ class _AttendTokens(torch.autograd.Function):
         weights = torch.bmm(query.to(z.dtype), z.mT)  # [B, Q, T * N]
         torch.softmax(weights, dim=-1, out=weights)
         mixed = torch.bmm(weights, z)  # [B, Q, C]
-        kept = tokens if ctx.needs_input_grad[2] or ctx.needs_input_grad[1] else None
+        kept = tokens if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(query, kept, conv_weight, z, rstd, weights)
         ctx.shape = tokens.shape
         ctx.dtypes = [

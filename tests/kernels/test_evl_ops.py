@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from kernel_rig import BF16, DEVICE, FP32, check, randn, strided
+from kernel_rig import BF16, DEVICE, FP16, FP32, check, randn, strided
 from torch import Tensor
 
 from kineticlip_kernels import evl_displacement_triton, evl_maps_triton, evl_triton
@@ -73,7 +73,7 @@ def test_neighbour_maps_of_a_packed_projection(impl: EvlImpl) -> None:
     check(neighbour_maps_reference, partial(neighbour_maps, impl=impl), q=gaps, k=k)
 
 
-@pytest.mark.parametrize(("maps_dtype", "dtype"), [(FP32, FP32), (BF16, BF16), (BF16, FP32)])
+@pytest.mark.parametrize(("maps_dtype", "dtype"), [(FP32, FP32), (FP16, FP16), (BF16, FP32)])
 @pytest.mark.parametrize("impl", FACES)
 def test_displacement(impl: EvlImpl, maps_dtype: torch.dtype, dtype: torch.dtype) -> None:
     face = partial(displacement, impl=impl)
@@ -176,7 +176,9 @@ def peak_bytes(impl: EvlImpl) -> int:
     weights = [torch.randn(27 * 27, 768, requires_grad=True) for _ in range(2)]
     terms = {name: term.cpu() for name, term in terms_of(tokens, "cp").items()}
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, acc_events=True
+    ) as profile:
         motion = displacement(neighbour_maps(q, k, impl=impl), *weights, grid=(14, 14), impl=impl)
         attend_tokens(query, tokens, motion=motion, **terms, impl=impl).sum().backward()
     events = profile.profiler.kineto_results.events()
