@@ -16,6 +16,14 @@ from kineticlip_kernels.tolerance import verify
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [FP32, FP16, BF16]
+# The tensor cores of a GPU multiply 16 bits; the interpreter has no such wish.
+MATRIX_DTYPES = [FP16, BF16] if DEVICE == "cuda" else DTYPES
+MATRIX = MATRIX_DTYPES[0]
+
+
+def on_gpu(*cases: Any) -> list[Any]:
+    """Cases of a parametrize that only a GPU is fast enough for: several of its larger tiles."""
+    return list(cases) if DEVICE == "cuda" else []
 
 
 def check(reference: Callable[..., Any], candidate: Callable[..., Any], **inputs: Any) -> None:

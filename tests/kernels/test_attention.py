@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_rig import BF16, DEVICE, DTYPES, FP16, FP32, check, randn
+from kernel_rig import BF16, FP16, FP32, MATRIX, MATRIX_DTYPES, check, on_gpu, randn
 from torch import Tensor
 
 from kineticlip_kernels.attention import (
@@ -31,7 +31,7 @@ def operands(
     heads: int,
     width: int,
     sources: Sequence[tuple[int, int]] = (),
-    dtype: torch.dtype = FP32,
+    dtype: torch.dtype = MATRIX,
 ) -> dict[str, Any]:
     pairs = [
         tuple(randn(rows, n, heads, width, dtype=dtype, seed=2 * i + part) for part in (1, 2))
@@ -41,7 +41,7 @@ def operands(
 
 
 # 17 and 33 tokens: one over a tile of 16, which 50 is not near and 1 is far under.
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize(
     ("images", "tokens", "heads", "width", "sources"),
     [
@@ -50,6 +50,7 @@ def operands(
         (4, 17, 1, 8, THREE),
         (2, 1, 1, 16, ((1, 1),)),
         (0, 7, 2, 8, ()),
+        *on_gpu((4, 577, 16, 64, ((1, 8), (2, 24))), (2, 257, 4, 80, ()), (2, 50, 2, 128, ())),
     ],
 )
 def test_triton(
@@ -60,10 +61,6 @@ def test_triton(
     sources: Sequence[tuple[int, int]],
     dtype: torch.dtype,
 ) -> None:
-    if dtype == FP32 and DEVICE == "cuda":
-        with pytest.raises(UnsupportedInput, match="qkv is fp32"):
-            triton_face(**operands(images, tokens, heads, width, sources, dtype))
-        return
     check(
         attention_reference, triton_face, **operands(images, tokens, heads, width, sources, dtype)
     )
@@ -114,9 +111,9 @@ def test_packed_and_strided_operands_give_the_same_numbers() -> None:
     (k, v) = inputs["sources"][0]
     packed = torch.stack([k, v], dim=2).detach()  # [M', n, 2, H, K], as one projection writes them
     views = {"qkv": strided_tokens(inputs["qkv"]), "sources": [(packed[:, :, 0], packed[:, :, 1])]}
-    face = attention_reference if DEVICE == "cuda" else triton_face
+    contiguous = {"qkv": inputs["qkv"], "sources": [(k, v)]}
     with torch.no_grad():
-        torch.testing.assert_close(face(**views), attention_reference(**inputs))
+        assert torch.equal(triton_face(**views), triton_face(**contiguous))
 
 
 def strided_tokens(qkv: Tensor) -> Tensor:

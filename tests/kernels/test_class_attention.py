@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_rig import BF16, DEVICE, DTYPES, FP32, check, randn
+from kernel_rig import BF16, FP32, MATRIX_DTYPES, check, on_gpu, randn
 from torch import Tensor
 
 from kineticlip_kernels.attention import (
@@ -42,10 +42,16 @@ def operands(
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize(
     ("images", "tokens", "heads", "width", "sources"),
-    [(2, 17, 2, 16, ()), (1, 1, 3, 24, ()), (4, 33, 2, 32, THREE), (0, 5, 1, 8, ())],
+    [
+        (2, 17, 2, 16, ()),
+        (1, 1, 3, 24, ()),
+        (4, 33, 2, 32, THREE),
+        (0, 5, 1, 8, ()),
+        *on_gpu((4, 577, 16, 1024, ((1, 8), (2, 24))), (3, 197, 12, 768, ())),
+    ],
 )
 def test_triton(
     images: int,
@@ -57,10 +63,6 @@ def test_triton(
 ) -> None:
     inputs = operands(images, tokens, heads, width, sources, dtype)
     face = partial(class_attention, impl="triton")
-    if dtype == FP32 and DEVICE == "cuda":
-        with pytest.raises(UnsupportedInput, match="x is fp32"):
-            face(**inputs)
-        return
     check(class_attention_reference, face, **inputs)
 
 

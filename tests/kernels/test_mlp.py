@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_rig import BF16, DEVICE, DTYPES, FP32, check, randn, strided
+from kernel_rig import BF16, DEVICE, DTYPES, MATRIX, MATRIX_DTYPES, check, on_gpu, randn, strided
 from torch import Tensor
 
 from kineticlip_kernels.mlp import (
@@ -22,7 +22,7 @@ linear_triton = partial(linear_quick_gelu, impl="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(7, 50), (1, 32), (2, 3, 65), (0, 24)])
+@pytest.mark.parametrize("shape", [(7, 50), (1, 32), (2, 3, 65), (0, 24), *on_gpu((1154, 4096))])
 def test_bias_quick_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = randn(*shape, dtype=dtype, scale=3.0)
     bias = randn(shape[-1], dtype=dtype, seed=1)
@@ -38,9 +38,16 @@ def linear_inputs(
 
 
 # Depths: under, at and over a multiple of a block's 16; widths around its 32; rows around 16.
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "depth", "width"), [((33,), 40, 50), ((2, 8), 32, 64), ((1,), 8, 16), ((0,), 16, 16)]
+    ("rows", "depth", "width"),
+    [
+        ((33,), 40, 50),
+        ((2, 8), 32, 64),
+        ((1,), 8, 16),
+        ((0,), 16, 16),
+        *on_gpu(((2, 577), 1024, 4096), ((999,), 200, 1000)),
+    ],
 )
 def test_linear_quick_gelu(
     rows: tuple[int, ...], depth: int, width: int, dtype: torch.dtype
@@ -49,10 +56,10 @@ def test_linear_quick_gelu(
 
 
 def test_rows_and_columns_with_gaps() -> None:
-    inputs = linear_inputs((17,), 24, 40, FP32)
+    inputs = linear_inputs((17,), 24, 40, MATRIX)
     inputs["x"] = strided(inputs["x"])
     check(linear_quick_gelu_reference, linear_triton, **inputs)
-    check(bias_quick_gelu_reference, bias_triton, x=inputs["x"], bias=randn(24))
+    check(bias_quick_gelu_reference, bias_triton, x=inputs["x"], bias=randn(24, dtype=MATRIX))
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias"])

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_rig import BF16, DTYPES, FP32, check, randn, strided
+from kernel_rig import BF16, DTYPES, FP32, check, on_gpu, randn, strided
 
 from kineticlip_kernels.norm import (
     add_layer_norm,
@@ -17,7 +17,7 @@ from kineticlip_kernels.norm import (
 
 # 7 rows: no multiple of a program's 4 (forward) or 2 (backward). 50: under a block; 64: exactly
 # one; 1: a row without variance.
-SHAPES = [(7, 50), (1, 64), (2, 3, 33), (5, 1), (0, 24)]
+SHAPES = [(7, 50), (1, 64), (2, 3, 33), (5, 1), (0, 24), *on_gpu((2, 577, 1024), (1001, 768))]
 
 
 def parameters(width: int, dtype: torch.dtype, grad: bool = True) -> dict[str, torch.Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from kernel_rig import DEVICE, FP32, randn
+from kernel_rig import DEVICE, MATRIX
+from kernel_rig import randn as any_randn
 from torch import Tensor
 
 from kineticlip_kernels import (
@@ -21,6 +23,7 @@ from kineticlip_kernels.attention import attention, class_attention
 from kineticlip_kernels.mlp import bias_quick_gelu, linear_quick_gelu
 from kineticlip_kernels.norm import add_layer_norm, layer_norm
 
+randn = partial(any_randn, dtype=MATRIX)
 WEIGHT, BIAS = randn(24, seed=2), randn(24, seed=3)
 
 
@@ -120,5 +123,6 @@ def assert_same(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> No
     eager_grads = torch.autograd.grad(eager_out, inputs, grad)
     compiled_grads = torch.autograd.grad(compiled_out, inputs, grad)
     for eager, other in zip(eager_grads, compiled_grads, strict=True):
-        assert eager.dtype == FP32
-        torch.testing.assert_close(other, eager, rtol=1e-5, atol=1e-5)
+        # Sums of gradients may be rounded in another order.
+        tolerance = 1e-5 if MATRIX == torch.float32 else 2e-2
+        torch.testing.assert_close(other, eager, rtol=tolerance, atol=tolerance)

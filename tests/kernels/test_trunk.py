@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_rig import BF16, DEVICE, FP32, check, randn
+from kernel_rig import DEVICE, FP32, MATRIX, check, randn
 from torch import Tensor
 from torch.func import functional_call
 
@@ -22,16 +22,13 @@ SHAPE = VisionShape(
     resolution=24, patch=8, width=32, layers=2, heads=2, embed=16, mlp_width=48
 )  # 10 tokens
 
-# The 16-bit tensor cores of a GPU do not take fp32.
-DTYPE = BF16 if DEVICE == "cuda" else FP32
-
 
 def tower(kernels: Any) -> VisionTransformer:
     torch.manual_seed(0)
     model = VisionTransformer(SHAPE, kernels=kernels, attention=kernels)
     for parameter in model.parameters():  # biases and LayerNorms start trivial
         parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.to(DEVICE, DTYPE)
+    return model.to(DEVICE, MATRIX)
 
 
 def embed(kernels: Any, sourced: bool) -> Callable[..., Tensor]:
@@ -57,15 +54,15 @@ def test_embeddings_and_every_gradient(sourced: bool) -> None:
     check(
         embed("reference", sourced),
         embed("triton", sourced),
-        pixels=randn(4, 3, 24, 24, dtype=DTYPE),
+        pixels=randn(4, 3, 24, 24, dtype=MATRIX),
         parameters=parameters,
-        prompts=randn(2, 3, 32, dtype=DTYPE, seed=1, grad=sourced),
+        prompts=randn(2, 3, 32, dtype=MATRIX, seed=1, grad=sourced),
     )
 
 
 def test_auto_is_the_reference_on_a_cpu() -> None:
-    pixels = randn(2, 3, 24, 24, dtype=DTYPE, grad=False)
+    pixels = randn(2, 3, 24, 24, dtype=MATRIX, grad=False)
     with torch.no_grad():
         plain, chosen = tower("reference")(pixels), tower("auto")(pixels)
-    tolerance = 1e-5 if DTYPE == FP32 else 3e-2
+    tolerance = 1e-5 if MATRIX == FP32 else 3e-2
     torch.testing.assert_close(chosen, plain, rtol=tolerance, atol=tolerance)
