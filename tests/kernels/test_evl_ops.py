@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from kernel_rig import BF16, DEVICE, FP16, FP32, check, randn, strided
+from kernel_rig import BF16, FP16, FP32, MATRIX, check, on_gpu, randn, strided
 from torch import Tensor
 
 from kineticlip_kernels import evl_displacement_triton, evl_maps_triton, evl_triton
@@ -24,8 +24,6 @@ from kineticlip_kernels.evl import (
 )
 
 FACES: list[EvlImpl] = ["lean", "triton"]
-# Neighbour maps of fp32 queries go to the lean face on a GPU: too large for its kernels.
-SINGLE = torch.float32 if DEVICE == "cpu" else torch.float16
 FP64 = torch.float64
 
 
@@ -52,11 +50,12 @@ def terms_of(
     return terms
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, BF16])
+@pytest.mark.parametrize("dtype", [MATRIX, BF16])
 @pytest.mark.parametrize("impl", FACES)
 def test_neighbour_maps(impl: EvlImpl, dtype: torch.dtype) -> None:
     face = partial(neighbour_maps, impl=impl)
-    for shape in [(1, 3, 20, 2, 5), (2, 2, 4, 1, 16), (1, 1, 5, 1, 4), (0, 2, 3, 1, 4)]:
+    shapes = [(1, 3, 20, 2, 5), (2, 2, 4, 1, 16), (1, 1, 5, 1, 4), (0, 2, 3, 1, 4)]
+    for shape in shapes + on_gpu((2, 3, 197, 12, 64)):
         q, k = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1)
         check(neighbour_maps_reference, face, q=q, k=k)
 
@@ -64,7 +63,7 @@ def test_neighbour_maps(impl: EvlImpl, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("impl", FACES)
 def test_neighbour_maps_of_a_packed_projection(impl: EvlImpl) -> None:
     packed = randn(
-        1, 2, 5, 3, 2, 4, dtype=SINGLE, grad=False
+        1, 2, 5, 3, 2, 4, dtype=MATRIX, grad=False
     )  # [B, T, N, 3, H, K], what the tap sees
     q, k = packed[:, :, :, 0], packed[:, :, :, 1]
     assert not q.is_contiguous()
@@ -77,7 +76,8 @@ def test_neighbour_maps_of_a_packed_projection(impl: EvlImpl) -> None:
 @pytest.mark.parametrize("impl", FACES)
 def test_displacement(impl: EvlImpl, maps_dtype: torch.dtype, dtype: torch.dtype) -> None:
     face = partial(displacement, impl=impl)
-    for clips, frames, grid, width in [(2, 3, (3, 4), 20), (1, 1, (2, 2), 4), (1, 2, (1, 3), 33)]:
+    sizes = [(2, 3, (3, 4), 20), (1, 1, (2, 2), 4), (1, 2, (1, 3), 33)]
+    for clips, frames, grid, width in sizes + on_gpu((10, 8, (14, 14), 768)):
         patches, bins = grid[0] * grid[1], (2 * grid[0] - 1) * (2 * grid[1] - 1)
         check(
             displacement_reference,
@@ -118,7 +118,8 @@ def test_attend_tokens(impl: EvlImpl, names: str) -> None:
 @pytest.mark.parametrize("impl", FACES)
 def test_attend_tokens_in_bf16(impl: EvlImpl, dtype: torch.dtype) -> None:
     face = partial(attend_tokens, impl=impl)
-    for shape, heads in [((2, 2, 5, 24), 2), ((1, 1, 4, 8), 1)]:
+    sizes = [((2, 2, 5, 24), 2), ((1, 1, 4, 8), 1)]
+    for shape, heads in sizes + on_gpu(((2, 3, 197, 768), 12)):
         tokens = randn(*shape, dtype=BF16)
         query = randn(shape[0], heads, shape[3], dtype=dtype, seed=1, scale=0.3)
         check(
@@ -193,7 +194,7 @@ def test_lean_needs_a_third_of_the_references_memory() -> None:
 
 
 def test_operators_under_torch_compile() -> None:
-    q, k = (randn(1, 2, 5, 1, 8, dtype=SINGLE, seed=seed) for seed in (0, 1))
+    q, k = (randn(1, 2, 5, 1, 8, dtype=MATRIX, seed=seed) for seed in (0, 1))
     pair = [randn(9, 8, seed=seed) for seed in (2, 3)]
     tokens, query = randn(1, 2, 5, 8), randn(1, 2, 8, seed=1)
     terms = terms_of(tokens, "cp")

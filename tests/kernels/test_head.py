@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_rig import BF16, DEVICE, DTYPES, FP32, check, randn, strided
+from kernel_rig import BF16, DEVICE, DTYPES, FP32, check, on_gpu, randn, strided
 from torch import Tensor
 
 from kineticlip_kernels import head_classes_triton, head_triton
@@ -38,7 +38,9 @@ def labels(count: int, classes: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 5, 37), (1, 1, 64), (2, 9, 130), (0, 3, 8)])
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 37), (1, 1, 64), (2, 9, 130), (0, 3, 8), *on_gpu((40, 32, 768))]
+)
 def test_mean_normalize(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(mean_normalize_reference, mean_normalize_face, x=randn(*shape, dtype=dtype))
 
@@ -68,7 +70,10 @@ def test_text4vis_averages_raw_embeddings_of_views() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("count", "classes", "width"), [(5, 37, 40), (17, 16, 33), (1, 50, 64)])
+@pytest.mark.parametrize(
+    ("count", "classes", "width"),
+    [(5, 37, 40), (17, 16, 33), (1, 50, 64), *on_gpu((300, 9000, 768))],
+)
 def test_class_cross_entropy(count: int, classes: int, width: int, dtype: torch.dtype) -> None:
     check(
         class_cross_entropy_reference,
@@ -114,7 +119,8 @@ def test_class_cross_entropy_of_nothing_and_of_a_wrong_label() -> None:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize(
-    ("shape", "classes", "k"), [((5, 3, 40), 37, 5), ((17, 33), 50, 1), ((2, 2, 8), 5, 5)]
+    ("shape", "classes", "k"),
+    [((5, 3, 40), 37, 5), ((17, 33), 50, 1), ((2, 2, 8), 5, 5), *on_gpu(((70, 768), 9000, 5))],
 )
 def test_top_classes(shape: tuple[int, ...], classes: int, k: int, dtype: torch.dtype) -> None:
     x = rows(*shape, dtype=dtype, grad=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_rig import BF16, DEVICE, DTYPES, FP32
+from kernel_rig import BF16, DEVICE, DTYPES, FP32, on_gpu
 from patch_inputs import CROPS, noise
 from torch import Tensor
 
@@ -26,7 +26,12 @@ from kineticlip_kernels.patches import (
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(
     ("source", "target", "side"),
-    [((53, 37), (31, 24), 24), ((20, 18), (47, 41), 33), ((30, 24), (30, 24), 16)],
+    [
+        ((53, 37), (31, 24), 24),
+        ((20, 18), (47, 41), 33),
+        ((30, 24), (30, 24), 16),
+        *on_gpu(((1280, 720), (597, 336), 336)),
+    ],
 )
 def test_triton_is_the_reference_to_the_byte(
     source: tuple[int, int], target: tuple[int, int], side: int, resample: Resample
@@ -67,7 +72,9 @@ def test_weights_of_one_output_sum_to_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "patch"), [((28, 42), 14), ((35, 31), 8), ((10, 9), 5)])
+@pytest.mark.parametrize(
+    ("size", "patch"), [((28, 42), 14), ((35, 31), 8), ((10, 9), 5), *on_gpu(((336, 336), 14))]
+)
 def test_patch_matrix_is_exact(size: tuple[int, int], patch: int, dtype: torch.dtype) -> None:
     pixels = noise(2, 3, *size)
     found = unfold_patches(pixels, patch, dtype=dtype, impl="triton")

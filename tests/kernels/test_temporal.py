@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_rig import BF16, DTYPES, FP32, check, randn, strided
+from kernel_rig import BF16, DTYPES, FP32, check, on_gpu, randn, strided
 
 from kineticlip_kernels import temporal_triton
 from kineticlip_kernels.dispatch import UnsupportedInput
@@ -25,6 +25,7 @@ face = partial(frame_attention, impl="triton")
         (1, 32, 3, 1, 64),  # whole blocks
         (3, 1, 3, 1, 8),  # one frame
         (0, 4, 3, 2, 8),
+        *on_gpu((8, 32, 3, 12, 64)),
     ],
 )
 def test_frame_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
