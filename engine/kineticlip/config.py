@@ -262,9 +262,9 @@ class Config:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file (None: all defaults) and applies `key=value` overrides in order.
 
-    path may also be the bare name of a recipe that ships with the engine. An official Text4Vis or BIKE file is translated; each of its keys that has no effect is logged
-    as a warning. Raises UserError for a missing or malformed file, an unknown key and a value of
-    a wrong type.
+    path may also be the bare name of a recipe that ships with the engine. An official Text4Vis or
+    BIKE file is translated; each of its keys that has no effect is logged as a warning. Raises
+    UserError for a missing or malformed file, an unknown key and a value of a wrong type.
     """
     config, notes = read_config(path, overrides)
     for note in notes:

@@ -39,9 +39,7 @@ TEXT4VIS_VISUAL = r"(?:time_embedding|transformer\.resblocks\.\d+\.control_point
 # What Vita-CLIP's prompts add to a block; X-CLIP's message token is its summary token.
 SUMMARY = rf"(?:(?:cls_proj|summary_ln)\.{AFFINE}|summary_attn_layer\.(?:[qkv]|out)_proj\.{AFFINE})"
 # Attentions whose projections are still apart (EVL, Vita-CLIP, Hugging Face).
-_ATTENTION = (
-    r"(.*transformer\.resblocks\.\d+\.attn|prompts\.blocks\.\d+\.summary_attn_layer)"
-)
+_ATTENTION = r"(.*transformer\.resblocks\.\d+\.attn|prompts\.blocks\.\d+\.summary_attn_layer)"
 _SPLIT = re.compile(rf"{_ATTENTION}\.([qkv])_proj\.(weight|bias)")
 _FUSED = re.compile(rf"{_ATTENTION}\.in_proj_(weight|bias)")
 PATCH_BIAS = "visual.conv1.bias"
