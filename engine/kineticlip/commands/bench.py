@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,10 @@ def _bench(args: argparse.Namespace) -> int:
         command += [f"--results={results.resolve()}"] if results else []
         command += ["--allow-dirty"] if args.allow_dirty or not args.results else []
         # pytest's own words go to stderr where stdout is to be one document.
-        done = subprocess.run(command, stdout=sys.stderr if args.json else None, check=False)
+        # A pytest-xdist worker above this process would switch the timing off.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        output = sys.stderr if args.json else None
+        done = subprocess.run(command, stdout=output, env=inherited, check=False)
         if results is not None and args.json:
             written = max(results.glob("*/*.json"), key=lambda p: p.stat().st_mtime, default=None)
             if written is None:
