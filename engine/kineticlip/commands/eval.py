@@ -385,7 +385,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"{speed['videos_per_second']:.2f} videos/s, "
             f"{speed['images_per_second']:.1f} images/s, "
-            f"{speed['percent_of_model_speed']:.0f} % of the model alone; waiting: {waits}"
+            f"{_model_share(speed)}; waiting: {waits}"
         )
         lines.append(f"{speed['tower']}; {speed['chunk']} images a forward")
         decoders = ", ".join(f"{name} {count}" for name, count in summary["decoders"].items())
@@ -393,3 +393,9 @@ def describe(summary: dict[str, Any]) -> list[str]:
         for why, count in speed.get("decoded_on_cpu", {}).items():
             lines.append(f"  {count} files {why}")
     return lines
+
+
+def _model_share(speed: dict[str, Any]) -> str:
+    if not speed["percent_of_model_speed"]:
+        return "the model alone not timed (one group takes too long)"
+    return f"{speed['percent_of_model_speed']:.0f} % of the model alone"
