@@ -25,6 +25,7 @@ from kineticlip.methods.trunk import (
     cosine_logits,
     embed_views,
     encode_frames,
+    two_rates,
 )
 from kineticlip.prompts import expand_templates, render
 from kineticlip.text import BATCH, encode_text, text_tower, tokenize
@@ -179,17 +180,7 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Both CLIP towers at lr * clip_ratio, the header at lr; every parameter decays."""
-    clip: list[nn.Parameter] = []
-    new: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (new if name.startswith("fusion_model.") else clip).append(parameter)
-    options = config.optim
-    groups = [
-        {"name": "clip", "params": clip, "lr": options.lr * options.clip_ratio},
-        {"name": "new", "params": new, "lr": options.lr},
-    ]
-    return [{**group, "weight_decay": options.weight_decay} for group in groups if group["params"]]
+    return two_rates(model, config, lambda name: name.startswith("fusion_model."))
 
 
 CONTRASTIVE = Method(build=build, loss=loss, score=score, param_groups=param_groups)

@@ -30,6 +30,7 @@ from kineticlip.methods.trunk import (
     embed_views,
     encode_frames,
     seeded,
+    two_rates,
 )
 from kineticlip.temporal import TEMPORAL_MODULES, TemporalTransformer
 from kineticlip.weights import Weights, resolve_weights
@@ -195,18 +196,12 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
 
     Every parameter decays, as in the official code; a group without parameters is left out.
     """
-    clip: list[nn.Parameter] = []
-    new: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            of_clip = "visual" in name and "control_point" not in name
-            (clip if of_clip or name == "logit_scale" else new).append(parameter)
-    options = config.optim
-    groups = [
-        {"name": "clip", "params": clip, "lr": options.lr * options.clip_ratio},
-        {"name": "new", "params": new, "lr": options.lr},
-    ]
-    return [{**group, "weight_decay": options.weight_decay} for group in groups if group["params"]]
+    return two_rates(model, config, _is_new)
+
+
+def _is_new(name: str) -> bool:
+    of_clip = "visual" in name and "control_point" not in name
+    return not of_clip and name != "logit_scale"
 
 
 TEXT4VIS = Method(build=build, loss=loss, score=score, param_groups=param_groups)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -206,3 +207,23 @@ def gather_views(images: Tensor, video: VideoViews) -> Tensor:
     views = images[video.frame_index][:, :, video.crop_index]  # [K, T, crops, ...]
     ordered: Tensor = views.movedim(2, 0)  # [crops, K, T, ...]
     return ordered.flatten(0, 1)
+
+
+def two_rates(
+    model: nn.Module, config: Config, is_new: Callable[[str], bool]
+) -> list[dict[str, Any]]:
+    """AdamW groups: what CLIP brought at lr * clip_ratio, the parameters named new at lr.
+
+    Every trained parameter decays, as in the official codes; an empty group is left out.
+    """
+    clip: list[nn.Parameter] = []
+    new: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (new if is_new(name) else clip).append(parameter)
+    options = config.optim
+    groups = [
+        {"name": "clip", "params": clip, "lr": options.lr * options.clip_ratio},
+        {"name": "new", "params": new, "lr": options.lr},
+    ]
+    return [{**group, "weight_decay": options.weight_decay} for group in groups if group["params"]]
