@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -466,6 +467,7 @@ def test_patch_bias_moves_into_the_positions_of_the_patches() -> None:
 def test_positions_are_interpolated_only_when_asked(
     sample: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     tensors = {**files.clip_vit()}
     name = "visual.positional_embedding"
     constant = torch.full_like(tensors[name], 0.25)

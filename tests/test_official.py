@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,7 @@ def test_a_released_file_becomes_a_whole_config(tmp_path: Path) -> None:
 def test_overrides_and_warnings_work_on_official_files(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     path = write(tmp_path, TEXT4VIS)
     config = load_config(path, ["optim.official_updates=false", "test.clips=4"])
     assert not config.optim.official_updates

@@ -58,6 +58,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 def test_official_embeddings_and_logits(
     make: Make, case: str, header: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     frames = 1 if case == "T1" else FRAMES
     module = case if case in ("tokenshift", "tokent1d", "tsm") else "none"
     model = make(case, frames=frames, temporal_module=module, joint=case == "joint", header=header)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +282,7 @@ def test_class_names_alone_score_any_classes(tmp_path: Path) -> None:
 
 
 def test_context_starts_as_words(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     model = build(config(context_words="a_video_of"), NAMES)
     tokens = tokenize(["a video of"])[0, 1:4]
     assert torch.equal(model.prompt_learner.ctx, model.token_embedding.weight[tokens])

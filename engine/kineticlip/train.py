@@ -127,6 +127,7 @@ def train(
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     frozen = _frozen_copies(model) if _shares_out(config) and ranks.is_first else {}
+    linear = nn.functional.linear
     engine = start_engine(config, model, optimizer, ranks=ranks, device=device)
     _seed(config.seed + ranks.rank)
     progress = Progress(epoch_length=len(loader))
@@ -174,6 +175,7 @@ def train(
         barrier()
     finally:
         run.close()
+        nn.functional.linear = linear  # stage 3 puts another in its place, wrong under compile
     return Outcome(
         step=run.progress.step,
         weights=config.output_dir / WEIGHTS,
