@@ -16,6 +16,7 @@ EPS = 1e-12  # of the norm: an embedding of zeros stays zeros instead of becomin
 MAX_WIDTH = 8192  # E of `mean_normalize`: a row is one block
 MAX_CLASSES = 16384  # C of `mean_softmax`: a row is one block
 MAX_TOP = 64  # k of `top_classes`: sorted in registers
+IGNORED = -100  # the label of a row without one, as in F.cross_entropy
 
 
 def mean_normalize(x: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -47,8 +48,11 @@ def class_cross_entropy(
     """-log softmax(scale * x @ classes.T)[label] of each row, without the matrix [N, C].
 
     x [N, E] and classes [C, E] of one dtype, normalised by the caller for cosine logits; labels
-    int64 [N] in [0, C); scale: fp32, one element -> fp32 [N]. Differentiable in x, classes and
-    scale. The Triton face keeps N log-sums for backward and works through the classes in chunks.
+    int64 [N]; scale: fp32, one element -> fp32 [N]. Differentiable in x, classes and scale. The
+    Triton face keeps N log-sums for backward and works through the classes in chunks.
+
+    Labels are in [0, C), or IGNORED: loss 0. Any other makes its row's loss NaN, on every face
+    and device: an error would cost a wait for the GPU. Neither kind of row has a gradient.
     """
     _check_rows("class_cross_entropy", x, classes, 2)
     why_not = triton_reasons(impl, x=x, classes=classes)
@@ -65,7 +69,12 @@ def class_cross_entropy_reference(
     x: Tensor, classes: Tensor, labels: Tensor, scale: Tensor
 ) -> Tensor:
     """The specification of `class_cross_entropy` in plain PyTorch."""
-    return F.cross_entropy(scale * (wide(x) @ wide(classes).T), labels, reduction="none")
+    logits = scale * (wide(x) @ wide(classes).T)  # [N, C]
+    known = (labels >= 0) & (labels < len(classes))
+    loss = F.cross_entropy(
+        logits, labels.where(known, IGNORED), reduction="none", ignore_index=IGNORED
+    )
+    return loss.where(known | (labels == IGNORED), float("nan"))
 
 
 def top_classes(

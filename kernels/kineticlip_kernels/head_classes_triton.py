@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
+from kineticlip_kernels.head import IGNORED
 from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
 
@@ -202,7 +203,13 @@ def _class_cross_entropy_forward(
     assert target is not None
     log_sum = partial[0].logsumexp(dim=0)
     mean = ((partial[0] - log_sum).exp() * partial[1]).sum(dim=0)
-    return log_sum - target, log_sum, mean - target
+    loss = (log_sum - target).masked_fill(labels == IGNORED, 0.0)
+    return loss, log_sum, (mean - target).where(_known(labels, classes), 0.0)
+
+
+def _known(labels: Tensor, classes: Tensor) -> Tensor:
+    """Which rows have a class, and so a gradient."""
+    return (labels >= 0) & (labels < len(classes))
 
 
 def _launch_log_sum(
@@ -211,7 +218,7 @@ def _launch_log_sum(
     """-> (partial fp32 [2, blocks of classes, R], the labels' logits fp32 [R])."""
     rows, count = len(x), len(classes)
     target = None
-    if labels is not None:  # a label outside [0, C) leaves its NaN and so becomes visible
+    if labels is not None:  # a label outside [0, C) leaves its NaN
         target = torch.full((rows,), float("nan"), dtype=torch.float32, device=x.device)
     block = blocks("class_logits", x.device, rows=rows, itemsize=x.itemsize)
     steps = ceil_div(count, block["BLOCK_C"])
@@ -245,7 +252,8 @@ def _class_cross_entropy_backward(
     grad_loss: Tensor,
 ) -> list[Tensor]:
     """Chunk by chunk of classes: one kernel for the gradient of the logits, then two GEMMs."""
-    x, classes, grad_loss = _unit(x), _unit(classes), grad_loss.contiguous()
+    grad_loss = grad_loss.where(_known(labels, classes), 0.0)
+    x, classes = _unit(x), _unit(classes)
     grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     grad_classes = classes.new_zeros(classes.shape if flags[1] else 0)
     # The logits are linear in the scale, so d loss / d scale = (mean logit - label's) / scale.

@@ -13,6 +13,7 @@ from torch import Tensor
 from kineticlip_kernels import head_classes_triton, head_triton
 from kineticlip_kernels.dispatch import UnsupportedInput
 from kineticlip_kernels.head import (
+    IGNORED,
     class_cross_entropy,
     class_cross_entropy_reference,
     mean_normalize,
@@ -107,14 +108,29 @@ def test_class_cross_entropy_with_frozen_parts(wanted: str) -> None:
     check(class_cross_entropy_reference, cross_entropy_face, **inputs)
 
 
-def test_class_cross_entropy_of_nothing_and_of_a_wrong_label() -> None:
+def test_class_cross_entropy_of_nothing() -> None:
     x, classes, scale = rows(0, 8), rows(5, 8, seed=1), torch.tensor(9.0, device=DEVICE)
     empty = cross_entropy_face(x, classes, labels(0, 5), scale)
     grads = torch.autograd.grad(empty.sum(), [x, classes])
     assert empty.shape == (0,) and grads[0].shape == (0, 8) and not grads[1].any()
-    wrong = torch.tensor([5, 2, -1], device=DEVICE)
-    loss = cross_entropy_face(rows(3, 8), classes, wrong, scale)
-    assert loss.isnan().tolist() == [True, False, True]
+
+
+def test_faces_agree_on_ignored_and_wrong_labels() -> None:
+    found = {}
+    for impl in ("reference", "triton"):
+        x, classes = rows(5, 8), rows(5, 8, seed=1)
+        scale = torch.tensor(9.0, device=DEVICE, requires_grad=True)
+        target = torch.tensor([5, 2, IGNORED, -1, 0], device=DEVICE)
+        loss = class_cross_entropy(x, classes, target, scale, impl=impl)
+        assert loss.isnan().tolist() == [True, False, False, True, False]
+        assert loss[2] == 0
+        found[impl] = [loss.nan_to_num(), *torch.autograd.grad(loss.sum(), [x, classes, scale])]
+        # Only the rows with a class have a gradient, and what they add to the others' is finite.
+        assert found[impl][1].any(dim=1).tolist() == [False, True, False, False, True]
+        official = F.cross_entropy(9 * x[1:3] @ classes.T, target[1:3], reduction="none")
+        assert torch.allclose(loss[1:3], official, atol=1e-5)
+    for triton, reference in zip(found["triton"], found["reference"], strict=True):
+        assert torch.allclose(triton, reference, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
