@@ -293,7 +293,7 @@ def test_attention_dropout_reaches_the_sources() -> None:
     qkv = torch.randn(4, 17, 3, 2, 16, dtype=torch.float64)
     attention = tower.blocks[2].attn
     pairs = [(qkv[::2, :5, 1], qkv[::2, :5, 2])]
-    expected = attention._attend(qkv, pairs)
+    expected = attention.attend(qkv, sources=pairs, impl=attention.impl)
     torch.manual_seed(0)
     mean = torch.stack([attention._dropped(qkv, pairs) for _ in range(3000)]).mean(0)
     torch.testing.assert_close(mean, expected, atol=0.1, rtol=0)  # unbiased; 3000 draws

@@ -5,17 +5,25 @@ Shape letters: B clips, T frames, M = B * T images (row b * T + t), N tokens, D 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.transformer import Block, Transformer
+from kineticlip.transformer import Block, KeysValues, Transformer
 from kineticlip_kernels.attention import AttentionImpl
 from kineticlip_kernels.dispatch import Impl
+from kineticlip_kernels.temporal import frame_attention
 
 POSITIONS = 77  # rows of the header's table: CLIP's text context, whatever the number of frames
+
+
+def attend_frames(qkv: Tensor, *, sources: Sequence[KeysValues], impl: AttentionImpl) -> Tensor:
+    """`frame_attention` in the place of a block's `attention`."""
+    assert not sources, "frames attend to frames alone"
+    return frame_attention(qkv, impl=impl)
 
 
 class TemporalTransformer(nn.Module):
@@ -24,6 +32,7 @@ class TemporalTransformer(nn.Module):
     Six pre-LN blocks with QuickGELU over frame embeddings plus learned positions; LayerNorm with
     eps 1e-12; heads as many as the text tower's. Frames are not averaged here. Keys and initial
     values are the official ones (`fusion_model.*`), xavier for the packed projections included.
+    attention: the face of `kineticlip_kernels.temporal.frame_attention`.
     """
 
     def __init__(
@@ -37,19 +46,15 @@ class TemporalTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.frame_position_embeddings = nn.Embedding(POSITIONS, embed)
-        self.transformer = Transformer(
-            [
-                Block(
-                    embed,
-                    heads,
-                    mlp_width=4 * embed,
-                    eps=1e-12,
-                    kernels=kernels,
-                    attention=attention,
-                )
-                for _ in range(layers)
-            ]
-        )
+        blocks = [
+            Block(
+                embed, heads, mlp_width=4 * embed, eps=1e-12, kernels=kernels, attention=attention
+            )
+            for _ in range(layers)
+        ]
+        for block in blocks:
+            block.attn.attend = attend_frames
+        self.transformer = Transformer(blocks)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

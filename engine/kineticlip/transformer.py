@@ -90,6 +90,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         self.heads, self.kernels, self.impl, self.drop_out = heads, kernels, impl, drop_out
         self.packed: nn.Module | None = None  # the projection to q, k, v as inference runs it
+        self.attend: Callable[..., Tensor] = attention  # or another op of the same arguments
 
     def forward(
         self, y: Tensor, sources: Sequence[Source] = (), *, class_only: bool = False
@@ -114,7 +115,10 @@ class Attention(nn.Module):
         qkv = packed(y) if packed else F.linear(y, self.in_proj_weight, self.in_proj_bias)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [M, N, 3, H, K]
         pairs = [self._keys_values(source, qkv) for source in sources]
-        mixed = self._dropped(qkv, pairs) if self._drops else self._attend(qkv, pairs)
+        if self._drops:
+            mixed = self._dropped(qkv, pairs)
+        else:
+            mixed = self.attend(qkv, sources=pairs, impl=self.impl)
         mixed = mixed[:, :1] if class_only else mixed
         return self.out_proj(mixed.flatten(2)), qkv
 
@@ -129,9 +133,6 @@ class Attention(nn.Module):
         kv = F.linear(source, self.in_proj_weight[width:], self.in_proj_bias[width:])
         k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(2)  # [M', n, H, K]
         return k, v
-
-    def _attend(self, qkv: Tensor, pairs: Sequence[KeysValues]) -> Tensor:
-        return attention(qkv, sources=pairs, impl=self.impl)
 
     def _dropped(self, qkv: Tensor, pairs: Sequence[KeysValues]) -> Tensor:
         """Dropout on the attention weights, which only PyTorch's own attention has."""

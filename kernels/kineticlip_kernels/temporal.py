@@ -1,19 +1,20 @@
 """Attention between the frames of a clip: sequences so short that one program holds them whole.
 
 Shape letters: B clips, T frames, H heads, K head width.
+
+"auto" takes the kernel here wherever it can run, and the general `attention` elsewhere. Both read
+qkv and write the result once forward; at T <= 77 either is bound by its launches, not by what it
+moves: 4 KiB a head and tensor at T = 32. Backward, PyTorch's attention makes three gradients in
+two or three kernels, then packs them in a fourth; here one kernel writes them packed. Tiles of 128
+queries, which the general kernels have, would be three quarters empty.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import (
-    Impl,
-    UnsupportedInput,
-    choose,
-    dtype_name,
-    triton_reasons,
-)
+from kineticlip_kernels.attention import AttentionImpl, attention
+from kineticlip_kernels.dispatch import UnsupportedInput, choose, dtype_name, triton_reasons
 from kineticlip_kernels.launch import power_of_two
 
 # T * K, both rounded up to powers of two, by bytes an element: beyond it registers spill, on
@@ -21,17 +22,23 @@ from kineticlip_kernels.launch import power_of_two
 MAX_TILE = {2: 128 * 64, 4: 32 * 64}
 
 
-def frame_attention(qkv: Tensor, *, impl: Impl = "auto") -> Tensor:
+def frame_attention(qkv: Tensor, *, impl: AttentionImpl = "auto") -> Tensor:
     """softmax(q k^T / sqrt(K)) v over the frames of each clip.
 
     qkv [B, T, 3, H, K] as one projection writes it, any strides -> [B, T, H, K]. Differentiable;
     the Triton face is one kernel each way, keeps nothing but qkv, and writes the gradient packed
     as the projection wants it. All shapes are static and nothing waits for the device, so a
-    CUDA graph can hold a whole header of such layers.
+    CUDA graph can hold a whole header of such layers. sdpa, xformers, and what "auto" takes where
+    the kernel cannot run: see `attention`.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise UnsupportedInput(f"frame_attention: qkv is {tuple(qkv.shape)}: [B, T, 3, H, K]")
-    if choose("frame_attention", impl, frame_reasons(impl, qkv)) == "reference":
+    if impl in ("sdpa", "xformers"):
+        return attention(qkv, impl=impl)
+    face = choose("frame_attention", impl, frame_reasons(impl, qkv), slow="attention")
+    if face == "attention":
+        return attention(qkv)
+    if face == "reference":
         return frame_attention_reference(qkv)
     from kineticlip_kernels.temporal_triton import frame_attention_triton
 

@@ -1,4 +1,4 @@
-"""A whole vision transformer on the kernels equals the same one in plain PyTorch.
+"""A whole vision transformer, and a temporal header, on the kernels equal the plain ones.
 
 Kernel tests alone do not show that the ops fit together: strides, the residual stream that
 travels in two parts, gradients that meet in one parameter.
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from kineticlip.architectures import VisionShape
+from kineticlip.temporal import TemporalTransformer
 from kineticlip.vision import VisionTransformer
+from kineticlip_kernels.dispatch import recorded_choices
 
 SHAPE = VisionShape(
     resolution=24, patch=8, width=32, layers=2, heads=2, embed=16, mlp_width=48
@@ -66,3 +68,36 @@ def test_auto_is_the_reference_on_a_cpu() -> None:
         plain, chosen = tower("reference")(pixels), tower("auto")(pixels)
     tolerance = 1e-5 if MATRIX == FP32 else 3e-2
     torch.testing.assert_close(chosen, plain, rtol=tolerance, atol=tolerance)
+
+
+def header(impl: Any) -> TemporalTransformer:
+    torch.manual_seed(0)
+    return TemporalTransformer(32, 2, layers=2, kernels=impl, attention=impl).to(DEVICE, MATRIX)
+
+
+def test_temporal_header_and_every_gradient() -> None:
+    def of(impl: Any) -> Callable[..., Tensor]:
+        model = header(impl)
+        return lambda frames, parameters: functional_call(model, parameters, (frames,))
+
+    parameters = {
+        name: (value.detach() + 0.1).requires_grad_()
+        for name, value in header("reference").named_parameters()
+    }
+    frames = randn(2, 5, 32, dtype=MATRIX)
+    check(of("reference"), of("triton"), frames=frames, parameters=parameters)
+    with recorded_choices() as choices:
+        header("triton")(frames)
+    assert {c.face for c in choices if c.op == "frame_attention"} == {"triton"}
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_temporal_header_on_other_attention(attention: Any) -> None:
+    frames = randn(2, 5, 32, dtype=MATRIX, grad=False)
+    model = header("reference")
+    with torch.no_grad():
+        plain = model(frames)
+        for block in model.transformer.resblocks:
+            block.attn.impl = attention
+        tolerance = 1e-5 if MATRIX == FP32 else 3e-2
+        torch.testing.assert_close(model(frames), plain, rtol=tolerance, atol=tolerance)
