@@ -6,10 +6,14 @@ and clips gradients at 1.0 where `gradient_clipping` is absent, so nothing is le
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from kineticlip.config import Config
 from kineticlip.distributed import import_deepspeed
@@ -168,3 +172,23 @@ def _merged(below: Json, above: Mapping[str, Any]) -> Json:
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if nested else value
     return merged
+
+
+@contextlib.contextmanager
+def scalars_apart(model: nn.Module, *, stage: int) -> Iterator[None]:
+    """Carries parameters without dimensions (CLIP's logit scale) past DeepSpeed's first broadcast.
+
+    0.19.8 views each parameter as bytes there, which torch cannot do without a dimension. Stage 3
+    gets them with one, for good; below, the mark makes it leave them out, and they go from here.
+    """
+    scalars = [parameter for parameter in model.parameters() if parameter.dim() == 0]
+    for scalar in scalars:
+        if stage == 3:
+            scalar.data = scalar.data.view(1)
+        else:
+            torch.distributed.broadcast(scalar.data, 0)
+            scalar.ds_optim_param = True  # type: ignore[attr-defined]
+    yield
+    for scalar in scalars:
+        if stage < 3:
+            del scalar.ds_optim_param  # type: ignore[attr-defined]

@@ -116,6 +116,13 @@ class Timetable:
         epochs, within = divmod(position, self.epoch_length)
         return epochs * (self.epoch_length // self.accumulation) + within // self.accumulation
 
+    def position_after(self, steps: int) -> int:
+        """Micro-batches up to and with the one that ended in the last of so many steps."""
+        if not self.official:
+            return steps * self.accumulation
+        epochs, within = divmod(steps, self.epoch_length // self.accumulation)
+        return epochs * self.epoch_length + within * self.accumulation
+
     def epoch(self, position: int) -> float:
         """Epochs done before a position."""
         return position / self.epoch_length

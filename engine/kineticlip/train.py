@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kineticlip import checkpoint as checkpoints
+from kineticlip.adopt import adopt, official_state
 from kineticlip.batch import Batch
 from kineticlip.checkpoint import Progress
 from kineticlip.config import Config
-from kineticlip.deepspeed_config import accumulation_steps, deepspeed_settings
+from kineticlip.deepspeed_config import accumulation_steps, deepspeed_settings, scalars_apart
 from kineticlip.distributed import Ranks, barrier
 from kineticlip.errors import UserError
 from kineticlip.journal import Journal, dump_json, write_atomic
@@ -95,14 +96,16 @@ def train(
     classifier: Mapping[str, Any] | None = None,
     validate: Validate | None = None,
     resume: str = "auto",
+    start: str = "",
 ) -> Outcome:
     """Trains `model` in place from its weights, or from where a checkpoint of the run stands.
 
     The process group is up (distributed.initialise). Everything goes to config.output_dir:
     config.yaml, environment.json, metrics.jsonl, checkpoints/, weights.safetensors and, last,
-    finished.json. class_names and classifier travel with the weights. Raises UserError for
-    settings that cannot work, a checkpoint that is damaged or another run's (before the folder
-    is touched), and after train.max_skipped_steps non-finite steps in a row.
+    finished.json. class_names and classifier travel with the weights. start: an official
+    checkpoint whose optimiser a run without checkpoints goes on with (see adopt). Raises
+    UserError for settings that cannot work, a checkpoint that is damaged or another run's (before
+    the folder is touched), and after train.max_skipped_steps non-finite steps in a row.
     """
     check_settings(config, world_size=ranks.world_size, cuda=device.type == "cuda")
     accumulation = accumulation_steps(config, world_size=ranks.world_size)
@@ -138,8 +141,11 @@ def train(
                 f"{found}: an epoch had {progress.epoch_length} micro-batches there and has "
                 f"{len(loader)} now; the training list changed (data.train_list)"
             )
-    if ranks.is_first and found is not None:
-        print(f"{config.name}: goes on after step {progress.step}, from {found}", file=sys.stderr)
+    elif start:
+        progress = adopt(official_state(start, config, ranks), engine, config, table)
+    if ranks.is_first and progress.step:
+        where = found or start
+        print(f"{config.name}: goes on after step {progress.step}, from {where}", file=sys.stderr)
     elif ranks.is_first and (config.output_dir / METRICS).exists():
         print(f"{config.name}: no checkpoint yet, so from the start again", file=sys.stderr)
     journal = open_run(config, progress, ranks) if ranks.is_first else None
@@ -197,33 +203,13 @@ def start_engine(
     settings = deepspeed_settings(config, world_size=ranks.world_size, cuda=device.type == "cuda")
     model.to(device)
     with (
-        _scalars_apart(model, stage=config.train.zero_stage),
+        scalars_apart(model, stage=config.train.zero_stage),
         contextlib.redirect_stdout(io.StringIO()),  # its bf16 optimiser prints memory tables
     ):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
     return engine
-
-
-@contextlib.contextmanager
-def _scalars_apart(model: nn.Module, *, stage: int) -> Iterator[None]:
-    """Carries parameters without dimensions (CLIP's logit scale) past DeepSpeed's first broadcast.
-
-    0.19.8 views each parameter as bytes there, which torch cannot do without a dimension. Stage 3
-    gets them with one, for good; below, the mark makes it leave them out, and they go from here.
-    """
-    scalars = [parameter for parameter in model.parameters() if parameter.dim() == 0]
-    for scalar in scalars:
-        if stage == 3:
-            scalar.data = scalar.data.view(1)
-        else:
-            torch.distributed.broadcast(scalar.data, 0)
-            scalar.ds_optim_param = True  # type: ignore[attr-defined]
-    yield
-    for scalar in scalars:
-        if stage < 3:
-            del scalar.ds_optim_param  # type: ignore[attr-defined]
 
 
 def _shares_out(config: Config) -> bool:

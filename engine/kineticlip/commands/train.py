@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="the newest checkpoint of the output (auto), none, or that of a checkpoint or run",
+        help="the newest checkpoint of the output (auto), none, or that of a checkpoint or run; "
+        "a .pth of the official EVL or Vita-CLIP code goes on with its weights and optimiser",
     )
     parser.add_argument(
         "--num-processes",
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import os
 
+    from kineticlip.adopt import starting_point
     from kineticlip.checkpoint import find_resumable
     from kineticlip.config import load_config
     from kineticlip.distributed import Ranks, read_ranks
@@ -49,16 +51,17 @@ def run(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UserError("--config is not set: training needs a configuration")
     config = load_config(args.config, args.set)
+    config, resume, start = starting_point(config, args.resume)
     ranks = read_ranks(os.environ)
     if args.num_processes is None:
-        return _rank_program(config, ranks, args)
+        return _rank_program(config, ranks, args, resume=resume, start=start)
     if args.num_processes < 1:
         raise UserError(f"--num-processes should be at least 1, got {args.num_processes}")
     if ranks.world_size > 1:
         raise UserError("--num-processes: a launcher started this process already; leave it out")
     check_inputs(config, world_size=args.num_processes)
-    find_resumable(args.resume, config.output_dir, config, Ranks(world_size=args.num_processes))
-    if finished(config, args.resume):
+    find_resumable(resume, config.output_dir, config, Ranks(world_size=args.num_processes))
+    if finished(config, resume):
         return 0
     words = ["train", "--config", args.config, "--resume", args.resume]
     words += [word for pair in args.set for word in ("--set", pair)]
@@ -91,7 +94,9 @@ def finished(config: Config, resume: str) -> bool:
     return True
 
 
-def _rank_program(config: Config, ranks: Ranks, args: argparse.Namespace) -> int:
+def _rank_program(
+    config: Config, ranks: Ranks, args: argparse.Namespace, *, resume: str, start: str
+) -> int:
     """What each process does; one of several has its own way out (distributed.finish)."""
     import os
     import sys
@@ -101,10 +106,10 @@ def _rank_program(config: Config, ranks: Ranks, args: argparse.Namespace) -> int
     from kineticlip.errors import UserError
 
     if ranks.world_size == 1:
-        return _train(config, ranks, args.resume)
+        return _train(config, ranks, resume, start)
     end_with(args.started_by or os.getppid())
     try:
-        status = _train(config, ranks, args.resume)
+        status = _train(config, ranks, resume, start)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
@@ -114,7 +119,7 @@ def _rank_program(config: Config, ranks: Ranks, args: argparse.Namespace) -> int
     return finish(status, ranks)
 
 
-def _train(config: Config, ranks: Ranks, resume: str) -> int:
+def _train(config: Config, ranks: Ranks, resume: str, start: str) -> int:
     import sys
     from dataclasses import asdict
 
@@ -176,6 +181,7 @@ def _train(config: Config, ranks: Ranks, resume: str) -> int:
         classifier=asdict(config.classifier),
         validate=validate,
         resume=resume,
+        start=start,
     )
     bad = {name: video.reason for name, video in loader.bad.items()}
     everybodys = {name: why for share in gather(bad, ranks) for name, why in share.items()}

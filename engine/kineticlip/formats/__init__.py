@@ -12,6 +12,7 @@ from kineticlip.formats.load import (
     round_like_clip,
 )
 from kineticlip.formats.names import fold_patch_bias
+from kineticlip.formats.optimiser import OptimiserState, read_optimiser
 from kineticlip.formats.table import FORMATS, Format
 from kineticlip.formats.targets import TARGETS, Target
 
@@ -22,6 +23,7 @@ __all__ = [
     "Conversion",
     "Format",
     "Loaded",
+    "OptimiserState",
     "Target",
     "clip_part",
     "convert",
@@ -30,6 +32,7 @@ __all__ = [
     "load_clip_state",
     "load_into",
     "read_checkpoint",
+    "read_optimiser",
     "round_like_clip",
     "save_checkpoint",
 ]

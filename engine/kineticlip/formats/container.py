@@ -79,7 +79,14 @@ def _read_safetensors(path: Path) -> Contents:
     return Contents(kind="safetensors", tensors=_named(tensors, path), values=metadata)
 
 
-def _read_torch(path: Path) -> Contents:
+def read_tree(path: str | Path) -> Mapping[Any, Any]:
+    """What torch.save was given, tensors and plain data alone; tensors may be memory-mapped.
+
+    Raises UserError as `read_contents` does, and for a container of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside torch's own legacy reader
@@ -90,6 +97,11 @@ def _read_torch(path: Path) -> Contents:
         raise UserError(f"{path}: {_why_unreadable(error)}") from None
     if isinstance(tree, Tensor) or not isinstance(tree, Mapping):
         raise UserError(f"{path}: expected a dictionary of tensors, found {type(tree).__name__}")
+    return tree
+
+
+def _read_torch(path: Path) -> Contents:
+    tree = read_tree(path)
     tensors: Tensors = {}
     for name, tensor in _leaves(tree, "", 0):
         if name in tensors:
