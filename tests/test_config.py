@@ -45,6 +45,11 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
         ("- 1\n", ":1: expected a mapping"),
         ("data:\n  num_frames: [\n", "expected the node content"),
         ("data:\n  num_frames: 0\n", ":2: 'data.num_frames' should be at least 1, got 0"),
+        ("optim:\n  lr: -1e-3\n", ":2: 'optim.lr' should be at least 0, got -0.001"),
+        ("train:\n  epochs: .nan\n", ":2: 'train.epochs' should be at least 0, got nan"),
+        ("model:\n  arch: {x: 3}\n", ":2: 'model.arch' should be a single value"),
+        ("seed: 1\nname: a\nseed: 2\n", ":3: 'seed' stands in "),
+        ("data:\n  flip: on\n  shots: 1\n  flip: off\n", ":4: 'data.flip' stands in "),
     ],
 )
 def test_wrong_values_are_one_line_with_their_place(
@@ -61,6 +66,8 @@ def test_wrong_values_are_one_line_with_their_place(
 def test_wrong_overrides_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--set data.num_frame=3: unknown key .*'num_frames'"):
         load_config(None, ["data.num_frame=3"])
+    with pytest.raises(UserError, match=r"--set model\.arch\.x=3: .* should be a single"):
+        load_config("k400-text4vis-vitb16-f8", ["model.arch.x=3"])
     with pytest.raises(UserError, match="expected key=value"):
         load_config(None, ["seed"])
 

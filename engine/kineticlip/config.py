@@ -128,6 +128,7 @@ class EvlConfig:
     temporal_position: bool = True
     temporal_attention: bool = True
     finetune: bool = False  # train the trunk too
+    backbone_precision: Literal["train", "bf16", "fp16"] = "train"  # of a frozen trunk in training
     backbone: str = "openai"  # the trunk, where model.weights holds a decoder alone
 
 
@@ -346,7 +347,11 @@ def _read_yaml(path: Path, where: dict[str, str], notes: list[str]) -> dict[str,
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}:1: expected a mapping of config keys")
-    lines = {dotted: f"{path}:{number}" for dotted, number in _key_lines(node, "")}
+    lines: dict[str, str] = {}
+    for dotted, number in _key_lines(node, ""):
+        if dotted in lines:
+            raise UserError(f"{path}:{number}: '{dotted}' stands in {lines[dotted]} already")
+        lines[dotted] = f"{path}:{number}"
     if is_official(values):
         official = translate(values, lines, str(path))
         values, lines = official.values, official.where
@@ -378,6 +383,8 @@ def _check_keys(
             if not isinstance(value, Mapping):
                 raise UserError(f"{place}: '{dotted}' should be a mapping, got {value!r}")
             _check_keys(value, hints[key], f"{dotted}.", where, source)
+        elif isinstance(value, Mapping):
+            raise UserError(f"{place}: '{dotted}' should be a single value, not a mapping")
 
 
 def _apply_override(values: dict[str, Any], pair: str, where: dict[str, str]) -> None:
@@ -432,8 +439,24 @@ def _check_ranges(config: Config, where: Mapping[str, str], source: str) -> None
         "train.log_every": config.train.log_every,
         "evl.layers": config.evl.layers,
     }
-    for dotted, value in at_least_one.items():
-        if value < 1:
-            raise UserError(
-                f"{where.get(dotted, source)}: '{dotted}' should be at least 1, got {value}"
-            )
+    not_negative = {
+        "data.min_frames": config.data.min_frames,
+        "data.val_min_frames": config.data.val_min_frames,
+        "data.shots": config.data.shots,
+        "optim.lr": config.optim.lr,
+        "optim.clip_ratio": config.optim.clip_ratio,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.warmup_epochs": config.optim.warmup_epochs,
+        "train.epochs": config.train.epochs,
+        "train.steps": config.train.steps,
+        "train.gradient_clipping": config.train.gradient_clipping,
+        "train.eval_every": config.train.eval_every,
+        "eval.batch_frames": config.eval.batch_frames,
+    }
+    for least, bounded in ((1, at_least_one), (0, not_negative)):
+        for dotted, value in bounded.items():
+            if not value >= least:  # nan is not either
+                raise UserError(
+                    f"{where.get(dotted, source)}: '{dotted}' should be at least {least}, "
+                    f"got {value}"
+                )
