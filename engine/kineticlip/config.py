@@ -59,7 +59,8 @@ class DataConfig:
     val_root: str = ""
     labels: str = ""  # label CSV with columns id,name; or one name a line
     features: str = ""  # folder of `kineticlip features`, read in place of the videos
-    frame_template: str = "img_{:05d}.jpg"
+    frame_template: str = "img_{:05d}.jpg"  # {id} stands for the folder's own name
+    frames_per_second: float = 24.0  # of the frame folders, where a list gives times (Charades)
     decoder: Literal["auto", "dali", "torchcodec", "pyav"] = "auto"
     num_frames: int = 8  # T
     resolution: int = 224  # S, side of the square crop
@@ -443,6 +444,7 @@ def _check_ranges(config: Config, where: Mapping[str, str], source: str) -> None
         "data.min_frames": config.data.min_frames,
         "data.val_min_frames": config.data.val_min_frames,
         "data.shots": config.data.shots,
+        "data.frames_per_second": config.data.frames_per_second,
         "optim.lr": config.optim.lr,
         "optim.clip_ratio": config.optim.clip_ratio,
         "optim.weight_decay": config.optim.weight_decay,

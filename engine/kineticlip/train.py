@@ -130,6 +130,8 @@ def train(
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     frozen = _frozen_copies(model) if _shares_out(config) and ranks.is_first else {}
+    cast = method.cast_frozen(model, config)
+    frozen |= cast if ranks.is_first else {}
     linear = nn.functional.linear
     engine = start_engine(config, model, optimizer, ranks=ranks, device=device)
     _seed(config.seed + ranks.rank)
@@ -459,9 +461,9 @@ class _Run:
         split = _shares_out(self.config)
         state: dict[str, Tensor] = {}
         for name, value in self.engine.module.state_dict(keep_vars=True).items():
-            if split and isinstance(value, nn.Parameter):
-                value = safe_get_full_fp32_param(value) if value.requires_grad else None
-                value = self.frozen.get(name) if value is None else value
+            if isinstance(value, nn.Parameter):
+                value = safe_get_full_fp32_param(value) if split and value.requires_grad else value
+                value = self.frozen.get(name, value)
             if self.ranks.is_first:
                 state[name] = value.detach().cpu().reshape(self.shapes[name])
         return state

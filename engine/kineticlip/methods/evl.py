@@ -24,7 +24,7 @@ from kineticlip.methods.evl_decoder import Decoder, DecoderShape, decoder_shape
 from kineticlip.methods.method import Method
 from kineticlip.methods.text4vis import loss
 from kineticlip.methods.trunk import build_visual, seeded
-from kineticlip.transformer import Tap
+from kineticlip.transformer import LayerNorm, Tap
 from kineticlip.vision import VisionTransformer
 from kineticlip.weights import Weights, resolve_weights
 
@@ -246,4 +246,39 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-EVL_METHOD = Method(build=build, loss=loss, score=score, param_groups=param_groups, pipeline="evl")
+def cast_trunk(model: nn.Module, config: Config) -> dict[str, Tensor]:
+    """Rounds a frozen trunk to evl.backbone_precision in place -> its parameters as they were.
+
+    Its norms keep float32 weights, as in the official code. The decoder stays as it is and gets
+    the tokens in its own precision.
+    """
+    assert isinstance(model, EVL)
+    precision = config.evl.backbone_precision
+    if precision == "train":
+        return {}
+    if config.evl.finetune:
+        raise UserError("evl.backbone_precision: only of a frozen trunk; evl.finetune trains it")
+    if config.train.precision not in ("fp32", precision):
+        raise UserError(
+            f"evl.backbone_precision {precision}: train.precision {config.train.precision} rounds "
+            "the trunk too; use train.precision fp32 for a decoder in float32"
+        )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    originals: dict[str, Tensor] = {}
+    for place, module in model.visual.named_modules(prefix="visual"):
+        if isinstance(module, LayerNorm):
+            continue
+        for name, parameter in module.named_parameters(prefix=place, recurse=False):
+            originals[name] = parameter.data
+            parameter.data = parameter.data.to(dtype)
+    return originals
+
+
+EVL_METHOD = Method(
+    build=build,
+    loss=loss,
+    score=score,
+    param_groups=param_groups,
+    cast_frozen=cast_trunk,
+    pipeline="evl",
+)

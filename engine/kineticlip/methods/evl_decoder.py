@@ -119,7 +119,7 @@ class Decoder(nn.Module):
                 state = self.step(
                     block - first,
                     state,
-                    *(_by_clip(part, clips, index) for part in (q, k, out)),
+                    *(_by_clip(part.to(state.dtype), clips, index) for part in (q, k, out)),
                 )
 
         trunk(tap)
