@@ -19,7 +19,11 @@ from kineticlip.inference import (
     ByteLinear,
     PackedLinear,
     SteadyTower,
+    compile_bytes,
     compiled,
+    finish_rows,
+    fused_finish,
+    fused_quantise,
     make_steady,
     pack_tower,
     probe_chunk,
@@ -125,6 +129,51 @@ def test_a_compiled_tower_says_the_same() -> None:
     with torch.inference_mode():
         steady = compiled(plain, 2, backend="aot_eager")  # Inductor itself takes 10 s
         torch.testing.assert_close(steady(pixels(2)), plain(pixels(2)), atol=1e-5, rtol=1e-5)
+
+
+def test_loops_for_a_compiler_say_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 48, generator=generator).bfloat16()
+    values, scale = quantise_rows(x)
+    fused_values, fused_scale = fused_quantise(x)
+    assert torch.equal(values, fused_values) and torch.equal(scale, fused_scale)
+    bias = torch.randn(48, generator=generator).bfloat16()
+    for activation in ("none", "swish", "gelu"):
+        ours = finish_rows(x.clone(), scale, bias, activation)
+        fused = fused_finish(x, scale, bias, activation)
+        torch.testing.assert_close(ours, fused, atol=2e-2, rtol=2e-2)  # bf16 rounds it once more
+
+
+def test_a_compiled_int8_tower_says_the_same() -> None:
+    plain = tower(layers=1)
+    pack_tower(plain, "int8")
+    plain.bfloat16()
+    with torch.inference_mode():
+        before = plain(pixels(3))
+        compile_bytes(plain, backend="aot_eager")  # Inductor itself takes 10 s
+        assert cosine(plain(pixels(3)), before) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("pairs", "images", "expected"),
+    [
+        ((), 10**5, True),
+        ((), 100, False),
+        (("eval.compile=always",), 1, True),
+        (("eval.compile=never",), 10**5, False),
+        (("eval.deterministic=true",), 10**5, False),
+    ],
+)
+def test_only_long_int8_runs_compile(
+    pairs: tuple[str, ...], images: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "_compiler", lambda: True)
+    monkeypatch.setattr(inference, "_PROBES", {})
+    monkeypatch.setattr(inference, "_rate", lambda *_: 1.0)
+    config = load_config(None, [*TINY, "eval.precision=int8", *pairs])
+    model = prepare(METHODS["text4vis"].build(config, NAMES), "int8", CPU, packed=True)
+    _, notes = make_steady(model, config, device=CPU, chunk=6, images=images)  # compiles when run
+    assert any("compiled" in note for note in notes) == expected
 
 
 class Timed(nn.Module):
