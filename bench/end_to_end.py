@@ -1,23 +1,27 @@
 """Files to scores: the engine against the libraries people use today, in one run.
 
     python bench/end_to_end.py --quick
-    python bench/end_to_end.py --videos DIR --json > result.json
+    python bench/end_to_end.py clips/*.mp4 --baselines fp32 --json > result.json
+    python bench/end_to_end.py DIR --results bench/results
 
 The baseline reads a video in sequence with PyAV, once for all views, transforms every view with
 torchvision and runs open_clip on one view at a time: eager, fp32 or AMP. Both have the same random
 weights, the same frames and the same crops. Runs alternate; a ratio is the median over the rounds.
-`cpu_ratio` compares CPU time, which other load on the machine distorts less.
+`cpu_ratio` compares CPU time, which other load on the machine distorts less. The exit status is 1
+where scores in fp32 differ by more than 1e-5, or five first classes are not the same set in bf16.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,19 +35,23 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
 
 from decode import write_clip
+from kernel_results import result_path
 from kineticlip.config import Config, load_config
 from kineticlip.dataset import Entry
 from kineticlip.device_loader import DeviceLoader, why_not_on_device
-from kineticlip.evaluate import Scored, score_stream
+from kineticlip.evaluate import Clock, Scored, score_stream
 from kineticlip.inference import make_steady
 from kineticlip.loader import TestLoader
 from kineticlip.measure import machine_record, software_record
 from kineticlip.predictor import Recognizer, load_recognizer, pick_device
 from kineticlip.sampling import sample_test
 from kineticlip.views import CLIP_MEAN, CLIP_STD, geometry
+from limits import Limits, product_rates
 
 CLASSES = tuple(f"class {number}" for number in range(400))
-RESULTS = Path(__file__).parent / "results"
+BASELINES = ("fp32", "amp")
+TOLERANCE = 1e-5  # of scores in fp32
+QUICK_MINUTES = 8.0
 SUFFIXES = {".mp4", ".avi", ".mkv", ".webm"}
 
 
@@ -75,19 +83,26 @@ def configuration(work: Work, precision: str) -> Config:
             "classifier.source=random_normal", f"data.resolution={work.resolution}",
             f"data.num_frames={work.frames}", f"test.crops={work.crops}",
             f"test.clips={work.clips}", f"eval.precision={precision}",
+            # As a run over a whole data set has it; what it takes is not counted here.
+            f"eval.compile={'always' if precision == 'int8' else 'auto'}",
         ],
     )  # fmt: skip
 
 
-def engine_scores(recognizer: Recognizer, entries: Sequence[Entry]) -> Tensor:
-    """The engine's way from files to probabilities [N, C]."""
+def engine_scores(recognizer: Recognizer, entries: Sequence[Entry], clock: Clock) -> Tensor:
+    """The engine's way from files to probabilities [N, C]; the clock counts its images."""
     config, device = recognizer.config, recognizer.device
     if why_not_on_device(config, device, pipeline="text4vis"):
         loader: TestLoader | DeviceLoader = TestLoader(entries, config)
     else:
         loader = DeviceLoader(entries, config, device=device)
     results = score_stream(
-        recognizer.model, recognizer.method, loader, device=device, chunk=recognizer.chunk
+        recognizer.model,
+        recognizer.method,
+        loader,
+        device=device,
+        chunk=recognizer.chunk,
+        clock=clock,
     )
     rows = []
     for item in results:
@@ -106,7 +121,11 @@ def naive_scores(
     device: torch.device,
     amp: bool,
 ) -> Tensor:
-    """The baseline's way from files to probabilities [N, C]."""
+    """The baseline's way from files to probabilities [N, C].
+
+    no_grad and not inference_mode: under autocast on a CPU the latter copies the weights of every
+    projection for each token (8 images of ViT-B/16 take 10.8 s of a core, not 1.8).
+    """
     rows = []
     for entry in entries:
         with av.open(entry.path) as container:
@@ -120,7 +139,7 @@ def naive_scores(
         for crop in shape.crops:
             for clip in indices:
                 view = torch.stack([transformed(frames[n], shape, crop) for n in clip])
-                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, amp):
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, amp):
                     views.append(tower(view.to(device)).float().mean(dim=0))  # [E]
         embedding = F.normalize(torch.stack(views).mean(dim=0), dim=-1)
         rows.append((100 * embedding.cpu() @ classifier.T).softmax(dim=-1))
@@ -145,8 +164,8 @@ def timed(run: Callable[[], Tensor]) -> Outcome:
 
 def measure(
     work: Work, entries: Sequence[Entry], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """A row for every engine precision against every baseline."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for every engine precision against every baseline, and what ratios could reach."""
     device = pick_device()
     contestants: dict[str, Callable[[], Tensor]] = {}
     reference = load_recognizer(configuration(work, "fp32"), CLASSES, device=device)
@@ -154,41 +173,64 @@ def measure(
     naive.load_state_dict(reference.model.get_submodule("visual").state_dict())
     naive = naive.to(device)
     assert reference.classifier is not None
-    for name, amp in (("naive fp32", False), ("naive amp", True)):
-        contestants[name] = partial(
+    for name in options.baselines:
+        contestants[f"naive {name}"] = partial(
             naive_scores, naive, reference.classifier, entries,
-            config=reference.config, device=device, amp=amp,
+            config=reference.config, device=device, amp=name == "amp",
         )  # fmt: skip
     images = work.frames * work.crops * work.clips * len(entries)
+    clock = Clock()
+    towers = {}
     for precision in options.engines:
         config = configuration(work, precision)
         recognizer = load_recognizer(config, CLASSES, device=device)
         chunk, notes = make_steady(
             recognizer.model, config, device=device, chunk=recognizer.chunk, images=images
         )
-        print(f"{work.name} {precision}: {', '.join(notes)}", file=sys.stderr)
+        towers[precision] = ", ".join(notes)
+        print(f"{work.name} {towers[precision]}", file=sys.stderr)
+        with torch.inference_mode():  # whatever happens once
+            side = work.resolution
+            recognizer.model.get_submodule("visual")(
+                torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
+            )
         fitted = replace(config, eval=replace(config.eval, batch_frames=chunk))
         recognizer = replace(recognizer, config=fitted)
-        contestants[f"engine {precision}"] = partial(engine_scores, recognizer, entries)
+        contestants[f"engine {precision}"] = partial(engine_scores, recognizer, entries, clock)
     for run in contestants.values() if options.warm_up else ():
         run()
+    clock.images = 0
+    limits = Limits(work.arch, work.resolution, naive_images=images)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in contestants}
-    for _ in range(options.rounds):
+    deadline = time.perf_counter() + options.seconds
+    longest = 0.0
+    while len(outcomes["naive fp32"]) < options.rounds and (
+        longest == 0 or time.perf_counter() + longest < deadline
+    ):
+        start = time.perf_counter()
         for name, run in contestants.items():
             outcomes[name].append(timed(run))
             print(f"{work.name} {name}: {outcomes[name][-1][1]:.1f} s", file=sys.stderr)
+        limits.add(product_rates(limits.shape, device))
+        longest = max(longest, time.perf_counter() - start)
+    rounds = len(outcomes["naive fp32"])
     truth = outcomes["naive fp32"][0][0]
-    return [
+    rows = [
         {
             "work": work.name,
             "engine": precision,
-            "baseline": baseline.removeprefix("naive "),
-            **compared(outcomes[f"engine {precision}"], outcomes[baseline], truth),
+            "baseline": baseline,
+            **compared(outcomes[f"engine {precision}"], outcomes[f"naive {baseline}"], truth),
             "videos": len(entries),
+            "rounds": rounds,
+            "tower": towers[precision],
         }
         for precision in options.engines
-        for baseline in ("naive fp32", "naive amp")
+        for baseline in options.baselines
     ]
+    spent = median(outcome[1 if device.type == "cuda" else 2] for outcome in outcomes["naive fp32"])
+    engine_images = clock.images // (rounds * len(options.engines))
+    return rows, {"work": work.name, **limits.record(spent, engine_images)}
 
 
 def compared(
@@ -196,11 +238,15 @@ def compared(
 ) -> dict[str, Any]:
     """Ratios of time, and how far the engine's scores are from the fp32 baseline's."""
     pairs = list(zip(engine, baseline, strict=True))
+    ratios = [there[1] / here[1] for here, there in pairs]
+    cpu_ratios = [there[2] / here[2] for here, there in pairs]
     scores = engine[0][0]
     sets = [rows.topk(5).indices.sort().values for rows in (scores, truth)]
     return {
-        "ratio": round(median(there[1] / here[1] for here, there in pairs), 2),
-        "cpu_ratio": round(median(there[2] / here[2] for here, there in pairs), 2),
+        "ratio": round(median(ratios), 2),
+        "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
+        "cpu_ratio": round(median(cpu_ratios), 2),
+        "cpu_ratio_range": [round(min(cpu_ratios), 2), round(max(cpu_ratios), 2)],
         "engine_seconds": round(median(here[1] for here, _ in pairs), 3),
         "baseline_seconds": round(median(there[1] for _, there in pairs), 3),
         "top5_equal": int((sets[0] == sets[1]).all(dim=-1).sum()),
@@ -208,94 +254,113 @@ def compared(
     }
 
 
-def peak_rates() -> dict[str, float]:
-    """GFLOP/s of one large product in each precision: what a ratio can reach at all."""
-    device, side, rates = pick_device(), 1536, {}
-    if device.type == "cuda":
-        side = 8192
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.int8)):
-        a = torch.ones(side, side, device=device).to(dtype)
-        run = torch._int_mm if dtype == torch.int8 else torch.mm
-        spans = []
-        for _ in range(4):
-            start = time.perf_counter()
-            run(a, a)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            spans.append(time.perf_counter() - start)
-        rates[name] = round(2e-9 * side**3 / min(spans[1:]), 1)
-    return rates
+def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows that are fast but wrong."""
+    found = []
+    for row in rows:
+        name = f"{row['work']} {row['engine']}"
+        if row["engine"] == "fp32" and row["score_difference"] > TOLERANCE:
+            found.append(f"{name}: scores differ by {row['score_difference']:.1e}")
+        if row["engine"] in ("fp32", "bf16") and row["top5_equal"] < row["videos"]:
+            found.append(f"{name}: top-5 sets of {row['videos'] - row['top5_equal']} videos differ")
+    return sorted(set(found))
 
 
 def clips_of(options: argparse.Namespace, folder: str) -> list[Entry]:
-    """The real clips of --videos, or H.264 ones of 300 frames made here."""
-    if options.videos is not None:
-        paths = sorted(p for p in Path(options.videos).iterdir() if p.suffix.lower() in SUFFIXES)
+    """The clips named on the command line, or H.264 ones of 300 frames made here."""
+    if options.videos:
+        paths: list[Path] = []
+        for given in map(Path, options.videos):
+            if given.is_dir():
+                paths += sorted(p for p in given.iterdir() if p.suffix.lower() in SUFFIXES)
+            else:
+                paths.append(given)
         if not paths:
-            raise SystemExit(f"{options.videos}: no {', '.join(sorted(SUFFIXES))} file here")
+            raise SystemExit(f"{options.videos[0]}: no {', '.join(sorted(SUFFIXES))} file here")
         return [Entry(path.name, str(path), -1) for path in paths[: options.count]]
-    paths = [Path(folder, f"{number}.mp4") for number in range(options.count)]
+    paths = [Path(folder, f"{number}.mp4") for number in range(options.count or 1)]
     for number, path in enumerate(paths):
         write_clip(path, 340, 256, (250, 48, 12)[number % 3])
     return [Entry(path.name, str(path), -1) for path in paths]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [f"{'work':<22} engine  baseline   ratio  CPU ratio  top-5 equal  scores differ by"]
+    lines = [
+        f"{'work':<22} engine  baseline   ratio (range)  CPU ratio  top-5 equal  scores differ"
+    ]
     for row in rows:
+        low, high = row["ratio_range"]
         lines.append(
             f"{row['work']:<22} {row['engine']:<7} {row['baseline']:<8} {row['ratio']:7.2f}"
-            f" {row['cpu_ratio']:10.2f} {row['top5_equal']:>9}/{row['videos']}"
-            f"  {row['score_difference']:.1e}"
+            f" ({low:.2f}-{high:.2f}) {row['cpu_ratio']:9.2f} {row['top5_equal']:>9}"
+            f"/{row['videos']}  {row['score_difference']:.1e}"
         )
     return "\n".join(lines)
 
 
-def main() -> int:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="one video, 4 frames of ViT-L, once")
+    parser.add_argument("videos", nargs="*", help="real clips, or folders of them; none: made ones")
+    parser.add_argument("--quick", action="store_true", help="one video, 4 frames of ViT-L, 8 min")
     parser.add_argument("--works", type=int, nargs="+", default=[0, 1], help="0: B/16, 1: L/14")
-    parser.add_argument("--engines", nargs="+", default=None, help="fp32 bf16 int8")
-    parser.add_argument("--videos", metavar="DIR", help="real clips in place of made ones")
+    parser.add_argument("--engines", default=None, help="fp32,bf16,int8 (GPU: fp32,bf16)")
+    parser.add_argument("--baselines", default="fp32,amp", help="fp32 or fp32,amp")
     parser.add_argument("--count", type=int, default=None, help="videos of a run (4; quick 1)")
-    parser.add_argument("--rounds", type=int, default=None, help="(3; quick 1)")
+    parser.add_argument("--rounds", type=int, default=3, help="at most (3)")
+    parser.add_argument("--minutes", type=float, default=None, help="no new round after so many")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="keep the document there")
     options = parser.parse_args()
     options.count = options.count or (1 if options.quick else 4)
-    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.minutes = options.minutes or (QUICK_MINUTES if options.quick else None)
+    seconds = float("inf") if options.minutes is None else 60 * options.minutes
+    options.seconds = seconds / len(options.works)
     options.warm_up = not options.quick
     gpu = torch.cuda.is_available()
-    options.engines = options.engines or (["fp32", "bf16"] if gpu else ["fp32", "bf16", "int8"])
+    options.engines = (options.engines or ("fp32,bf16" if gpu else "fp32,bf16,int8")).split(",")
+    options.baselines = options.baselines.split(",")
+    if options.baselines[0] != "fp32" or not set(options.baselines) <= set(BASELINES):
+        parser.error("--baselines: fp32, which scores are compared with, and then perhaps amp")
+    return options
+
+
+def main() -> int:
+    options = parsed()
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights
     rows: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         entries = clips_of(options, folder)
         for number in options.works:
-            rows += measure((QUICK if options.quick else WORKS)[number], entries, options)
+            found, limit = measure((QUICK if options.quick else WORKS)[number], entries, options)
+            rows += found
+            limits.append(limit)
+    shown = ("quick", "rounds", "minutes", "warm_up")
     record = {
+        "kind": "end_to_end",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machine": machine_record(),
         "software": software_record(),
         "threads": torch.get_num_threads(),
-        "gflops": peak_rates(),
-        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+        "settings": {name: getattr(options, name) for name in shown},
+        "videos": [entry.name for entry in entries] if options.videos else "rendered",
         "rows": rows,
+        "limits": limits,
     }
     print(table(rows), file=sys.stderr if options.json else sys.stdout)
-    print(f"GFLOP/s of one product: {record['gflops']}", file=sys.stderr)
+    for limit in limits:
+        print(f"{limit['work']}: {limit['text']}", file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(record, indent=1))
-    path = RESULTS / folder_name(record) / f"{time.strftime('%Y%m%d-%H%M%S')}-end_to_end.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path}", file=sys.stderr)
-    return 0
-
-
-def folder_name(record: dict[str, Any]) -> str:
-    """<device>-torch<version>, as all results are kept."""
-    gpus = record["machine"]["gpus"]
-    device = gpus[0]["name"] if gpus else f"{record['machine']['cpu']} x{record['threads']}"
-    words = "".join(letter if letter.isalnum() else " " for letter in device).lower().split()
-    return f"{'-'.join(words)}-torch{torch.__version__.partition('+')[0]}"
+    if options.results is not None:
+        path = result_path(options.results, record)
+        path = path.with_stem(f"{path.stem}-end-to-end")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written: {path}", file=sys.stderr)
+    wrong = problems(rows)
+    print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
