@@ -14,7 +14,11 @@ from safetensors.torch import save_file
 
 from kineticlip import text
 from kineticlip.architectures import architecture
+from kineticlip.classifier import build_classifier
+from kineticlip.config import Config, DataConfig, ModelConfig, Text4VisConfig
 from kineticlip.errors import UserError
+from kineticlip.formats.convert import convert
+from kineticlip.methods.text4vis import build
 from kineticlip.text import encode_text, text_features, text_tower, tokenize
 from kineticlip.weights import Weights, resolve_weights
 from text4vis_golden import ARCHITECTURE, ATOL, GOLDEN, tensors
@@ -177,3 +181,35 @@ def test_tags_bring_their_activation_and_pixels(
     laion = resolve_weights("ViT-L-14", "laion2b_s32b_b82k")
     assert laion.model.text.activation == "gelu"
     assert laion.model.vision.mean == (0.5, 0.5, 0.5)
+
+
+def test_clip_files_are_rounded_as_clip_load_rounds_them(
+    tiny_file: Weights, tmp_path: Path
+) -> None:
+    config = Config(
+        model=ModelConfig(arch="ViT-tiny-16", weights=str(tiny_file.path)),
+        data=DataConfig(resolution=64),
+        text4vis=Text4VisConfig(header="mean"),
+    )
+    exact = replace(config, model=replace(config.model, rounding="none"))
+    product, kept = "transformer.resblocks.0.mlp.c_fc.weight", "class_embedding"
+    given = tiny_file.tensors[f"visual.{product}"]
+    assert not torch.equal(given, given.half().float())
+    assert torch.equal(build(config, ["a"]).visual.state_dict()[product], given.half().float())
+    assert torch.equal(build(exact, ["a"]).visual.state_dict()[product], given)
+    embedding = tiny_file.tensors[f"visual.{kept}"]
+    assert torch.equal(build(config, ["a"]).visual.state_dict()[kept], embedding)
+    assert not torch.equal(embedding, embedding.half().float())
+    rows, unrounded = (build_classifier(each, ["a", "b"]).matrix for each in (config, exact))
+    assert not torch.equal(rows, unrounded)  # the text tower too; nor does the cache mix them
+    torch.testing.assert_close(rows, unrounded, rtol=0.02, atol=0.02)
+
+    for method, rounds in (("contrastive", True), ("bike", True), ("evl", False)):
+        assert replace(config, method=method).rounds_clip == rounds
+    fine_tuned = {n: t for n, t in tiny_file.tensors.items() if n.startswith(("visual", "logit"))}
+    torch.save({"epoch": 1, "model_state_dict": fine_tuned}, tmp_path / "tuned.pt")
+    tuned = resolve_weights("ViT-tiny-16", str(tmp_path / "tuned.pt"), rounded=True)
+    assert torch.equal(tuned.tensors[f"visual.{product}"], given)
+    convert(tiny_file.path, tmp_path / "own.safetensors", to="kineticlip")
+    own = resolve_weights("ViT-tiny-16", str(tmp_path / "own.safetensors"), rounded=True)
+    assert torch.equal(own.tensors[f"visual.{product}"], given.half().float())

@@ -109,7 +109,9 @@ def text_weights(config: Config, weights: Weights | None) -> tuple[Weights, str]
     own = config.classifier.text_weights
     key = "classifier.text_weights" if own else "model.weights"
     if own or weights is None:
-        weights = resolve_weights(config.model.arch, own or config.model.weights, key=key)
+        weights = resolve_weights(
+            config.model.arch, own or config.model.weights, key=key, rounded=config.rounds_clip
+        )
     return weights, key
 
 

@@ -24,6 +24,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 EvalPrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 EIGHT_BITS = ("int8", "fp8")
 Compile = Literal["auto", "always", "never"]  # YAML reads on and off as booleans
+CLIP_LOAD = ("text4vis", "contrastive", "bike", "actionclip")  # official codes with one clip.load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class ModelConfig:
 
     arch: str = "ViT-B-16"  # a name of kineticlip.architectures, or of open_clip
     weights: str = "openai"  # open_clip tag, hf-hub:..., a file, or "random"
+    # official: a CLIP file's products go through fp16, as in the official clip.load (Text4Vis and
+    # its kin); OpenAI's own files hold fp16 already, fine-tuned checkpoints are never rounded
+    rounding: Literal["official", "none"] = "official"
     kernels: Literal["auto", "reference", "triton"] = "auto"
     attention: Literal["auto", "reference", "sdpa", "xformers", "triton"] = "auto"
 
@@ -182,6 +186,8 @@ class OpenVclipConfig:
 
     clip_share: float = 0.0  # of CLIP's own weights in those that are scored
     clip_weights: str = "openai"
+    pull: float = 0.0  # in training: of a second loss, at weights drawn back; the paper's is 0.5
+    pull_shares: tuple[float, float] = (0.0, 0.6)  # of CLIP's weights in it, drawn every time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +212,7 @@ class TrainConfig:
 
     epochs: float = 30.0
     steps: int = 0  # optimiser steps, in place of epochs; 0: epochs
+    average_from: int = 0  # the mean of the weights at the ends of this and later epochs; 0: none
     batch_size: int = 256  # global: clips per optimiser step
     micro_batch_size: int = 8  # clips per process and forward
     precision: Precision = "bf16"
@@ -259,6 +266,11 @@ class Config:
     @property
     def output_dir(self) -> Path:
         return Path(self.output or f"runs/{self.name}")
+
+    @property
+    def rounds_clip(self) -> bool:
+        """Whether this method's CLIP weights go through fp16: see model.rounding."""
+        return self.model.rounding == "official" and self.method in CLIP_LOAD
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -39,7 +39,7 @@ def video_embeddings(
     With text4vis.header `mean` that is CLIP's own, averaged over the frames. Raises UserError
     where no video can be read.
     """
-    weights = resolve_weights(config.model.arch, config.model.weights)
+    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
     model = prepare(video_model(config, weights), config.eval.precision, device)
     stream = score_stream(
         model,

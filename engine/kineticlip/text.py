@@ -152,6 +152,7 @@ def _cache_path(weights: Weights, prompts: Sequence[str]) -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     description = {
         "weights": weights.fingerprint,
+        "rounded": weights.rounded,
         "tower": dataclasses.asdict(weights.model.text),
         "prompts": list(prompts),
         "open_clip": open_clip.__version__,

@@ -27,7 +27,7 @@ from kineticlip.architectures import (
     with_activation,
 )
 from kineticlip.errors import UserError, did_you_mean
-from kineticlip.formats import clip_part, read_checkpoint
+from kineticlip.formats import clip_part, read_checkpoint, round_like_clip
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +42,24 @@ class Weights:
 
     model: the architecture with the activation and pixel statistics that these weights want.
     source: what the user wrote.
+    rounded: a CLIP file's products go through fp16, as the official clip.load sends them.
     """
 
     model: Architecture
     source: str
     path: Path | None
+    rounded: bool = False
 
     @cached_property
     def contents(self) -> dict[str, Tensor]:
         """Everything in the file under our names, float32. UserError where it cannot be read."""
         assert self.path is not None
-        return {
+        checkpoint = read_checkpoint(self.path)
+        tensors = {
             name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in read_checkpoint(self.path).tensors.items()
+            for name, tensor in checkpoint.tensors.items()
         }
+        return round_like_clip(tensors) if self.rounded and checkpoint.is_clip else tensors
 
     @property
     def has_visual(self) -> bool:
@@ -93,12 +97,19 @@ class Weights:
             )
 
 
-def resolve_weights(arch: str, weights: str, *, key: str = "model.weights") -> Weights:
+def resolve_weights(
+    arch: str, weights: str, *, key: str = "model.weights", rounded: bool = False
+) -> Weights:
     """Finds the weights, fetching them if they are not here. `key` is the config key, for messages.
 
     weights: an open_clip tag (`openai`, `laion2b_s34b_b88k`), `hf-hub:owner/name`, a file of any
-    known format, or `random`. Raises one-line UserErrors; without a network within seconds.
+    known format, or `random`. rounded: see `Weights`. Raises one-line UserErrors; without a
+    network within seconds.
     """
+    return replace(_resolve(arch, weights, key), rounded=rounded)
+
+
+def _resolve(arch: str, weights: str, key: str) -> Weights:
     model = architecture(arch)
     if weights == "random":
         return Weights(model, weights, None)

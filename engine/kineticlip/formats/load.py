@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from kineticlip.errors import UserError
 from kineticlip.formats.container import Tensors, read_contents
 from kineticlip.formats.names import AFFINE, PATCH_BIAS, TEXT, VISUAL, fold_patch_bias
-from kineticlip.formats.table import apply_rules, identify
+from kineticlip.formats.table import CLIP_FORMATS, apply_rules, identify
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,11 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether this is CLIP as it was published, or converted from that: not fine-tuned."""
+        return self.metadata.get("source_format", self.format) in CLIP_FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,8 @@ def _note_temporal_shift(present: Collection[str]) -> dict[str, str]:
 
 # The table --------------------------------------------------------------------------------------
 
+CLIP_FORMATS = ("openai", "clip_visual", "open_clip", "hf_clip")  # of the following: no method's
+
 FORMATS: tuple[Format, ...] = (
     Format(
         name=OWN_FORMAT,

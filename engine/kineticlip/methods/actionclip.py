@@ -103,7 +103,7 @@ class ActionCLIP(nn.Module):
 
 def build(config: Config, class_names: Sequence[str]) -> ActionCLIP:
     """The model of a configuration; its header is `text4vis.header`."""
-    weights = resolve_weights(config.model.arch, config.model.weights)
+    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
     tensors = weights.tensors if weights.path is not None else {}
     video = video_model(config, weights)
     tower = own_text_tower(config, weights, tensors)

@@ -90,7 +90,7 @@ def concept_spotting(frames: Tensor, words: Tensor, sentences: Tensor) -> Tensor
 
 def build(config: Config, class_names: Sequence[str]) -> BikeCLIP:
     """The video side is Text4Vis's; the frozen text tower encodes every class here, once."""
-    weights = resolve_weights(config.model.arch, config.model.weights)
+    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
     video = video_model(config, weights)
     tower = online_tower(config, weights)
     tokens = class_tokens(config, class_names, weights)

@@ -130,7 +130,7 @@ class ContrastiveCLIP(nn.Module):
 def build(config: Config, class_names: Sequence[str]) -> ContrastiveCLIP:
     """The video side is Text4Vis's; `contrastive.text` says what stands for the classes."""
     options = config.contrastive
-    weights = resolve_weights(config.model.arch, config.model.weights)
+    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
     video = video_model(config, weights)
     video.visual.requires_grad_(options.train_visual)
     if options.text == "frozen":

@@ -88,7 +88,7 @@ class VideoCLIP(nn.Module):
 
 def build(config: Config, class_names: Sequence[str]) -> VideoCLIP:
     """The model of a configuration; weights of CLIP or of a whole fine-tuned checkpoint."""
-    weights = resolve_weights(config.model.arch, config.model.weights)
+    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
     model = video_model(config, weights)
     model.set_classifier(build_classifier(config, class_names, weights=weights))
     return model
