@@ -245,6 +245,9 @@ def test_label_files(write) -> None:
     table = write('id,name\n0,hurling (sport)\n1,"a, b"\n', "labels.csv")
     assert read_labels(table) == ("hurling (sport)", "a, b")
     assert read_labels(write("one\n\ntwo words\n", "names.txt")) == ("one", "two words")
+    charades = write("c000 Holding some clothes\nc001 Closing a door\n", "classes.txt")
+    assert read_labels(charades) == ("Holding some clothes", "Closing a door")
+    assert read_labels(write("c000 a\nc002 b\n", "x.txt")) == ("c000 a", "c002 b")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +259,7 @@ def test_label_files(write) -> None:
         ("id,name\n", "x.csv: no class names in it"),
         ("a\nb\na\n", "x.csv:3: class 'a' stands on line 1 too"),
         ("", "x.csv: no class names in it"),
+        ("0,a\n1,b\n", "x.csv:1: a CSV of classes begins with the header 'id,name'"),
     ],
 )
 def test_label_files_that_do_not_fit(write, text: str, problem: str) -> None:

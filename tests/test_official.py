@@ -229,7 +229,7 @@ def test_a_file_without_a_solver_is_enough_to_evaluate(tmp_path: Path) -> None:
         ("num_segments: 16", "num_segments: eight", r":7: 'data\.num_frames': input should be a"),
         ("batch_size: 16", "batch_size: many", r"'data\.batch_size' should be a whole number"),
         ("random_shift: True", "random_shift: False", r"'data\.random_shift' should be True"),
-        ("random_shift: True", "fps: 24", r"'data\.fps' belongs to Charades"),
+        ("random_shift: True", "fps: x", r"'data\.frames_per_second': input should be a valid num"),
         ("arch: ViT-L/14-336px", "arch: clip.pt", r"'network\.arch' names a file"),
         ("tm: False", "tm: shift", r"'text4vis\.temporal_module': input should be 'none'"),
         ("sim_header: Transf", "sim_header: LSTM", r"'network\.sim_header' should be Transf"),
@@ -257,6 +257,15 @@ def test_mistakes_have_their_line(tmp_path: Path, old: str, new: str, message: s
 def test_bike_options_that_do_not_exist_here(old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         document(BIKE.replace(old, new))
+
+
+def test_the_charades_files_of_bike_run_as_they_are() -> None:
+    text = BIKE.replace("random_shift: True", "random_shift: True\n    fps: 24")
+    values = document(text.replace("img_{:05d}.jpg", "{}-{:06d}.jpg")).values
+    assert values["data"]["frame_template"] == "{id}-{:06d}.jpg"
+    assert values["data"]["frames_per_second"] == 24
+    assert "min_frames" not in values["data"]
+    assert document(BIKE).values["data"]["frame_template"] == "img_{:05d}.jpg"
 
 
 def test_our_own_files_are_not_taken_for_official_ones() -> None:

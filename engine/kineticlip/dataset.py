@@ -261,9 +261,10 @@ BUILT_IN = {
 def read_labels(source: str | Path) -> tuple[str, ...]:
     """The class names, index by index, of a built-in set or a file.
 
-    A file is a CSV with the columns `id,name` (ids 0, 1, 2, ... in order), or holds one name a
-    line. Names are kept to the letter. Raises UserError for an unknown source, a class without a
-    name, ids out of order and a name that occurs twice.
+    A file is a CSV with the columns `id,name` (ids 0, 1, 2, ... in order), Charades' class file
+    (`c000 Holding some clothes`), or holds one name a line. Names are kept to the letter. Raises
+    UserError for an unknown source, a class without a name, ids out of order, a CSV without its
+    header and a name that occurs twice.
     """
     name = str(source)
     if name in BUILT_IN:
@@ -277,7 +278,7 @@ def read_labels(source: str | Path) -> tuple[str, ...]:
     if [word.strip().lower() for word in first.split(",")] == ["id", "name"]:
         numbered = _csv_names(lines, source)
     else:
-        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+        numbered = _plain_names(lines, source)
     if not numbered:
         raise UserError(f"{source}: no class names in it")
     seen: dict[str, int] = {}
@@ -296,6 +297,16 @@ def split_words(name: str) -> str:
 def _built_in(file: str) -> tuple[str, ...]:
     text = (resources.files("kineticlip") / "data" / file).read_text(encoding="utf-8")
     return tuple(text.splitlines())
+
+
+def _plain_names(lines: list[str], source: str | Path) -> list[tuple[int, str]]:
+    """One name a line; the codes of Charades come off."""
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if all(line.startswith(f"c{index:03d} ") for index, (_, line) in enumerate(rows)):
+        return [(number, line.partition(" ")[2].strip()) for number, line in rows]
+    if len(rows) > 1 and all(re.match(r"\d+\s*,", line) for _, line in rows):
+        raise UserError(f"{source}:1: a CSV of classes begins with the header 'id,name'")
+    return rows
 
 
 def _csv_names(lines: list[str], source: str | Path) -> list[tuple[int, str]]:
@@ -346,7 +357,11 @@ def training_list(config: Config, num_classes: int) -> VideoList:
     if not data.train_list:
         raise UserError("data.train_list is not set: training needs a list of videos")
     listed = read_list(
-        data.train_list, data.train_root, num_classes=num_classes, min_frames=data.min_frames
+        data.train_list,
+        data.train_root,
+        num_classes=num_classes,
+        min_frames=data.min_frames,
+        rate=data.frames_per_second,
     )
     if not listed.entries:
         raise UserError(f"{data.train_list}: no video is left to train on; {listed.summary()}")
@@ -361,5 +376,9 @@ def scoring_list(config: Config, num_classes: int) -> VideoList:
     if not data.val_list:
         raise UserError("data.val_list is not set: evaluation needs a list of videos")
     return read_list(
-        data.val_list, data.val_root, num_classes=num_classes, min_frames=data.val_min_frames
+        data.val_list,
+        data.val_root,
+        num_classes=num_classes,
+        min_frames=data.val_min_frames,
+        rate=data.frames_per_second,
     )

@@ -130,8 +130,10 @@ def _dense(reader: _Reader, key: str, value: Any) -> None:
         reader.put("data.sampling", "dense", key)
 
 
-def _fps(reader: _Reader, key: str, value: Any) -> None:
-    raise reader.error(key, "belongs to Charades, whose timed lists are not supported")
+def _frame_names(reader: _Reader, key: str, value: Any) -> None:
+    # Charades: the first field is the folder's name, which BIKE fills in with the number.
+    fields = str(value).count("{")
+    reader.put("data.frame_template", str(value).replace("{}", "{id}", fields - 1), key)
 
 
 def _arch(reader: _Reader, key: str, value: Any) -> None:
@@ -240,7 +242,7 @@ RULES: dict[str, Rule] = {
     "data.batch_size": _nothing,
     "data.workers": _to("data.workers"),
     "data.num_classes": _ignored("the label list decides"),
-    "data.image_tmpl": _to("data.frame_template"),
+    "data.image_tmpl": _frame_names,
     "data.train_root": _to("data.train_root"),
     "data.train_list": _to("data.train_list"),
     "data.val_root": _to("data.val_root"),
@@ -254,7 +256,7 @@ RULES: dict[str, Rule] = {
     "data.dense": _dense,
     "data.shot": _to("data.shots"),
     "data.output_path": _nothing,
-    "data.fps": _fps,
+    "data.fps": _to("data.frames_per_second"),
     "data.select_topk_attributes": _ignored(_ATTRIBUTES),
     "data.attributes_train_path": _ignored(_ATTRIBUTES),
     "data.attributes_val_path": _ignored(_ATTRIBUTES),
@@ -366,7 +368,8 @@ def _settle(reader: _Reader) -> None:
     header = "transformer" if reader.get("network.sim_header") else "mean"
     reader.put("text4vis.header", header, "network.sim_header")
     reader.put("data.augmentation", "released", "data.randaug")
-    reader.put("data.min_frames", 8, "data.train_list")  # shorter ones of a frame list are left out
+    if "data.fps" not in reader.keys:  # all but Charades leave out what is shorter in a frame list
+        reader.put("data.min_frames", 8, "data.train_list")
     reader.put("optim.official_updates", True, "solver")
     _settle_batches(reader)
     name = "-".join(
