@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -195,6 +196,13 @@ class _Touch:
         return (Path.touch, (self.target,))
 
 
+class _Shell:
+    """Unpickling this runs a command."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("exit 1",))
+
+
 def test_objects_in_a_pickle_are_refused_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "run"
     for name, protocol in (("zip.pt", True), ("legacy.pt", False)):
@@ -202,10 +210,13 @@ def test_objects_in_a_pickle_are_refused_not_run(tmp_path: Path) -> None:
         torch.save({"state_dict": _Touch(trap)}, path, _use_new_zipfile_serialization=protocol)
         with pytest.raises(UserError, match="Python objects, which are never loaded"):
             read_checkpoint(path)
-    with (tmp_path / "bare.pkl").open("wb") as stream:
-        pickle.dump(_Touch(trap), stream)
-    with pytest.raises(UserError):
-        read_checkpoint(tmp_path / "bare.pkl")
+    for protocol in (2, pickle.HIGHEST_PROTOCOL):
+        (tmp_path / "bare.pkl").write_bytes(pickle.dumps(_Touch(trap), protocol=protocol))
+        with pytest.raises(UserError, match="Python objects, which are never loaded"):
+            read_checkpoint(tmp_path / "bare.pkl")
+    torch.save({"x": _Shell()}, tmp_path / "shell.pt")
+    with pytest.raises(UserError, match=r"Python objects, which are never loaded \(.*\.system"):
+        read_checkpoint(tmp_path / "shell.pt")
     assert not trap.exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import tempfile
 import warnings
 import zipfile
@@ -113,14 +114,13 @@ def _read_torch(path: Path) -> Contents:
 
 
 def _why_unreadable(error: BaseException) -> str:
-    text = str(error)
-    if "Unsupported global" in text or "Unsupported class" in text:
-        culprit = next((line for line in text.splitlines() if "Unsupported" in line), "")
+    culprit = re.search(r"\bunsupported .*", str(error), re.IGNORECASE)
+    if culprit and isinstance(error, pickle.UnpicklingError):
         return (
-            f"holds Python objects, which are never loaded ({culprit.strip()[:120]}); "
+            f"holds Python objects, which are never loaded ({culprit[0].strip()[:120]}); "
             "save the state dict alone"
         )
-    return f"not a checkpoint, or a damaged one: {_first_line(error)}"
+    return f"not a checkpoint, or a damaged one: {_first_line(error).partition('. ')[0]}"
 
 
 def _first_line(error: BaseException) -> str:
