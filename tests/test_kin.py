@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from kineticlip.methods import METHODS
 from kineticlip.methods.openvclip import interpolate_weights, neighbouring
 from kineticlip.prompts import ENSEMBLES
 from kineticlip.text import encode_text, tokenize
+from kineticlip_kernels.recompute import recomputed
 
 NAMES = ("red ball", "blue ball", "rolling")
 
@@ -79,7 +81,7 @@ def plain_neighbours(visual, clip: Tensor) -> Tensor:
         x = x + block.attn.out_proj(torch.stack(rows))
         x = x + block.mlp(F.layer_norm(x, x.shape[-1:], block.ln_2.weight, block.ln_2.bias))
     _, x = visual.ln_post(x[:, 0])
-    return (x @ visual.proj).mean(dim=0)
+    return F.normalize(x @ visual.proj, dim=-1).mean(dim=0)
 
 
 def test_openvclip_frames_see_their_neighbours() -> None:
@@ -88,8 +90,13 @@ def test_openvclip_frames_see_their_neighbours() -> None:
         found = model.encode_clips(pixels())
         expected = torch.stack([plain_neighbours(model.visual, clip) for clip in pixels()])
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-        alone = model.visual(pixels().flatten(0, 1), pool=4)
-    assert (found - alone).abs().max() > 1e-3
+        alone = F.normalize(model.visual(pixels().flatten(0, 1)), dim=-1).view(2, 4, -1).mean(1)
+        assert (found - alone).abs().max() > 1e-4
+        logits = model.logit_scale.exp() * expected @ model.classifier.T
+        torch.testing.assert_close(model(pixels()), logits, atol=1e-4, rtol=0)
+        scores = METHODS["openvclip"].score(model, views("openvclip"), 5)
+        mean = model(pixels(3)).mean(dim=0)
+    torch.testing.assert_close(scores[0], mean.softmax(-1), atol=1e-5, rtol=0)
 
 
 def test_openvclip_ends_are_zero() -> None:
@@ -117,6 +124,63 @@ def test_openvclip_weights_are_drawn_back(tmp_path: Path) -> None:
         interpolate_weights({}, {}, 2.0)
     with pytest.raises(UserError, match=r"clip_weights: 'a' is \(2,\), the tuned one \(3,\)"):
         interpolate_weights({"a": torch.ones(3)}, {"a": torch.ones(2)}, 0.5)
+
+
+def pulled(tmp_path: Path, *changes: str) -> torch.nn.Module:
+    """A tuned tower with another one to be pulled to."""
+    for name, seed in (("clip", 1), ("tuned", 2)):
+        state = dict(built("openvclip", f"seed={seed}").state_dict())
+        state["logit_scale"] = torch.tensor(3.0 + seed)
+        save_file(state, tmp_path / f"{name}.safetensors", {"format": "kineticlip"})
+    files = (f"model.weights={tmp_path}/tuned.safetensors", "classifier.source=random_normal",
+             f"openvclip.clip_weights={tmp_path}/clip.safetensors")  # fmt: skip
+    return built("openvclip", *files, "openvclip.pull=0.5", *changes)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_openvclip_pull_adds_the_gradient_at_mixed_weights(tmp_path: Path, lean: bool) -> None:
+    """The second gradient is the one that another model, built of the mixture, has."""
+    model = pulled(tmp_path, "openvclip.pull_shares=[0.25, 0.25]").train()
+    with recomputed() if lean else contextlib.nullcontext():
+        value, metrics = METHODS["openvclip"].loss(model, batch())
+    value.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    share = "openvclip.clip_share"
+    expected, losses = {name: torch.zeros_like(grad) for name, grad in found.items()}, []
+    for weight, more in ((1.0, 0.0), (0.5, 0.25)):
+        other = pulled(tmp_path, "openvclip.pull=0", f"{share}={more}").train()
+        with torch.no_grad():
+            other.logit_scale.copy_(torch.tensor(5.0 - more))  # 4 in CLIP's file, 5 in the tuned
+        loss, _ = METHODS["openvclip"].loss(other, batch())
+        loss.backward()
+        losses.append(float(loss.detach()))
+        for name, parameter in other.named_parameters():
+            expected[name] += weight * parameter.grad
+    assert float(metrics["pulled_loss"]) == pytest.approx(losses[1], abs=1e-4)
+    assert float(value.detach()) == pytest.approx(losses[0] + 0.5 / 0.75 * losses[1], abs=1e-4)
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max()) + 1e-6
+        torch.testing.assert_close(found[name], gradient, atol=2e-4 * scale, rtol=0, msg=name)
+    assert torch.equal(model(pixels()), pulled(tmp_path)(pixels()))  # its own weights are whole
+
+
+def test_openvclip_draws_a_share_for_every_batch(tmp_path: Path) -> None:
+    model = pulled(tmp_path).train()
+    torch.manual_seed(0)
+    shares = [model.pull.draw() for _ in range(200)]
+    assert 0 <= min(shares) < 0.05 and 0.55 < max(shares) <= 0.6
+    assert not any("pull" in name for name in model.state_dict())
+    with pytest.raises(UserError, match=r"pull_shares two shares within 0..1"):
+        pulled(tmp_path, "openvclip.pull_shares=[0.5, 1.0]")
+    for change in ("train.zero_stage=3", "train.activation_checkpointing=true"):
+        with pytest.raises(UserError, match=r"openvclip.pull: without"):
+            pulled(tmp_path, change)
+
+
+def test_openvclip_vectors_do_not_decay(tmp_path: Path) -> None:
+    groups = METHODS["openvclip"].param_groups(pulled(tmp_path), config("openvclip"))
+    assert [(g["name"], g["weight_decay"]) for g in groups] == [("matrices", 0.2), ("vectors", 0.0)]
+    assert {p.dim() for p in groups[1]["params"]} == {0, 1}
 
 
 # ViFi-CLIP --------------------------------------------------------------------------------------

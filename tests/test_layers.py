@@ -24,7 +24,7 @@ LAYERS = (
     {"methods"},
     {"metrics", "results", "protocols", "optim", "deepspeed_config"},
     {"train", "train_log", "validation", "launch", "evaluate", "predictor", "features", "demo"}
-    | {"adopt"}
+    | {"adopt", "average"}
     | {"feature_cache"}
     | {"attributes", "inference", "fp8_tower", "parallel_eval", "device_loader"},
     {"report", "report_data", "figures", "parity"},

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from kineticlip import checkpoint as checkpoints
 from kineticlip.adopt import adopt, official_state
+from kineticlip.average import WeightAverage
 from kineticlip.batch import Batch
 from kineticlip.checkpoint import Progress
 from kineticlip.config import Config
@@ -38,6 +39,7 @@ from kineticlip.train_log import METRICS, StepLog, last_evaluation, open_run
 from kineticlip_kernels.recompute import recomputed
 
 WEIGHTS = "weights.safetensors"
+AVERAGED = "averaged.safetensors"  # beside them, with train.average_from
 FINISHED = "finished.json"  # written last: a run without it did not end, whatever its exit status
 
 # (whole model in evaluation mode, step) -> plain numbers; every rank calls it
@@ -75,8 +77,8 @@ def check_settings(config: Config, *, world_size: int, cuda: bool) -> None:
         )
     if train.gradient_clipping < 0 or train.eval_every < 0:
         raise UserError("train.gradient_clipping and train.eval_every should not be negative")
-    if train.steps < 0:
-        raise UserError(f"train.steps should not be negative, got {train.steps}")
+    if train.steps < 0 or train.average_from < 0:
+        raise UserError("train.steps and train.average_from should not be negative")
     if train.steps == 0 and optim.warmup_epochs >= train.epochs:
         raise UserError(
             f"optim.warmup_epochs {optim.warmup_epochs:g} leaves nothing of train.epochs "
@@ -136,7 +138,9 @@ def train(
     engine = start_engine(config, model, optimizer, ranks=ranks, device=device)
     _seed(config.seed + ranks.rank)
     progress = Progress(epoch_length=len(loader))
+    average = WeightAverage()
     if found is not None:
+        average.load(found)
         progress = checkpoints.load(found, engine, ranks)
         if progress.epoch_length != len(loader):
             raise UserError(
@@ -165,19 +169,22 @@ def train(
         evaluation=last_evaluation(journal) if journal is not None else {},
         shapes=shapes,
         frozen=frozen,
+        average=average,
     )
     try:
         run.to_the_end(loader)
         state = run.full_precision_state()
         if ranks.is_first:
-            checkpoints.export_weights(
-                config.output_dir / WEIGHTS,
-                state,
-                config=config,
-                class_names=class_names,
-                step=run.progress.step,
-                classifier=classifier or {},
-            )
+            exported = {WEIGHTS: state} | ({AVERAGED: average.mean} if average.mean else {})
+            for name, tensors in exported.items():
+                checkpoints.export_weights(
+                    config.output_dir / name,
+                    tensors,
+                    config=config,
+                    class_names=class_names,
+                    step=run.progress.step,
+                    classifier=classifier or {},
+                )
             mark = {"step": run.progress.step, "evaluation": run.evaluation}
             write_atomic(config.output_dir / FINISHED, dump_json(mark, indent=1))
         barrier()
@@ -263,6 +270,7 @@ class _Run:
     evaluation: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, torch.Size]  # of the state dict, before the engine took over
     frozen: dict[str, Tensor]
+    average: WeightAverage
 
     def to_the_end(self, loader: Loader) -> None:
         """Optimiser steps from where the progress stands; the last one is always saved."""
@@ -343,9 +351,12 @@ class _Run:
     def _after_step(self, before: Progress, bar: Any) -> None:
         """Rows, validation and checkpoint, in the order that a kill in between survives."""
         train, step = self.config.train, self.progress.step
+        epochs = self._epochs_passed(before, 1)
+        if 0 < train.average_from <= epochs:
+            self.average.add(self.full_precision_state())
         last = self.progress.position == self.table.length
         stopping = 0 < train.max_skipped_steps <= self.in_a_row
-        evaluates = last or self._evaluation_due(before)
+        evaluates = last or self._epochs_passed(before, train.eval_every) > 0
         saves = last or step % train.checkpoint_every == 0
         if not (evaluates or saves or stopping or step % train.log_every == 0):
             return
@@ -361,16 +372,15 @@ class _Run:
             self._commit()
         self.clock = time.perf_counter()
 
-    def _evaluation_due(self, before: Progress) -> bool:
-        """Whether a multiple of train.eval_every epochs ended in this step."""
-        every = self.config.train.eval_every
+    def _epochs_passed(self, before: Progress, every: float) -> float:
+        """The multiple of `every` epochs that ended in this step; 0 if none did."""
         if every == 0:
-            return False
+            return 0.0
         passed, now = (
             math.floor((self.table.epoch(progress.position) + 1e-9) / every)  # 3 / 0.1 < 30
             for progress in (before, self.progress)
         )
-        return now > passed
+        return now * every if now > passed else 0.0
 
     def _bar(self) -> Any:
         terminal = sys.stderr.isatty()
@@ -439,6 +449,7 @@ class _Run:
 
         def save(folder: Path, tag: str) -> None:
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+            self.average.save(folder / tag)
 
         with contextlib.redirect_stdout(io.StringIO()):
             checkpoints.commit(

@@ -15,16 +15,18 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from kineticlip.architectures import ResNetShape
-from kineticlip.batch import VideoViews
+from kineticlip.batch import Batch, VideoViews
 from kineticlip.classifier import build_classifier
 from kineticlip.config import Config
 from kineticlip.errors import UserError
-from kineticlip.methods.clips import embed_distinct, view_scores
-from kineticlip.methods.method import Method
-from kineticlip.methods.text4vis import LOGIT_SCALE, loss
-from kineticlip.methods.trunk import FrozenTensors, build_visual, cosine_logits
+from kineticlip.methods.clips import embed_distinct
+from kineticlip.methods.method import Method, Metrics
+from kineticlip.methods.text4vis import LOGIT_SCALE
+from kineticlip.methods.text4vis import loss as cross_entropy
+from kineticlip.methods.trunk import FrozenTensors, build_visual
 from kineticlip.weights import Weights, resolve_weights
 
 log = logging.getLogger(__name__)
@@ -40,25 +42,76 @@ class OpenVCLIP(nn.Module):
         self.class_names = tuple(class_names)
         self.untrained: tuple[str, ...] = ()
         self.frozen = FrozenTensors(classifier=F.normalize(rows.float(), dim=-1))
+        self.pull: Pull | None = None
 
     @property
     def classifier(self) -> Tensor:
         """Unit rows, float32 [C, E]."""
         return cast(Tensor, self.frozen.classifier)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [B, T, 3, S, S], uint8 or normalised -> float32 logits [B, C]."""
-        scale = self.logit_scale.float().exp()
-        return cosine_logits(self.encode_clips(pixels), self.classifier, scale)
+    def forward(self, pixels: Tensor, *, share: float = 0.0) -> Tensor:
+        """pixels [B, T, 3, S, S], uint8 or normalised -> float32 logits [B, C].
 
-    def encode_clips(self, pixels: Tensor) -> Tensor:
-        """pixels [B, T, 3, S, S] -> video embeddings [B, E], not normalised."""
-        frames = pixels.shape[1]
+        share: of CLIP's weights in those that compute them; the others still have gradients.
+        """
+        if not share:
+            return self.logits(self.encode_clips(pixels), self.logit_scale)
+        assert self.pull is not None
+        mixed = self.pull.mix(dict(self.named_parameters()), share)
+        scale = mixed.pop("logit_scale", self.logit_scale)
+        tower = {name.removeprefix("visual."): tensor for name, tensor in mixed.items()}
+        return self.logits(self.encode_clips(pixels, tower), scale)
+
+    def logits(self, videos: Tensor, scale: Tensor) -> Tensor:
+        """Video embeddings [B, E] -> the mean of their frames' scaled cosines, float32 [B, C]."""
+        with torch.autocast(videos.device.type, enabled=False):
+            logits: Tensor = scale.float().exp() * videos.float() @ self.classifier.T
+        return logits
+
+    def encode_clips(self, pixels: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """pixels [B, T, 3, S, S] -> means over the frames' unit embeddings, float32 [B, E].
+
+        Shorter than 1 where frames differ, as in the official code, which averages cosines.
+        weights: the tower's parameters, where they are to be others than its own.
+        """
+        images, frames = pixels.flatten(0, 1), pixels.shape[1]
         neighbours = _neighbours(frames)
-        embeddings: Tensor = self.visual(
-            pixels.flatten(0, 1), sources=lambda block, x: [neighbours], pool=frames
+        options = {"sources": lambda block, x: [neighbours]}
+        embeddings: Tensor = (  # [M, E]
+            self.visual(images, **options)
+            if weights is None
+            else functional_call(self.visual, weights, (images,), options)
         )
-        return embeddings
+        units = F.normalize(embeddings.float(), dim=-1)
+        videos: Tensor = units.unflatten(0, (-1, frames)).mean(dim=1)  # [B, E]
+        return videos
+
+
+class Pull(nn.Module):
+    """CLIP's own weights beside those that train, for losses at points between them.
+
+    The paper's "interpolated weight optimization": with a share s drawn for every micro-batch,
+    a second loss is taken at (1 - s) * weights + s * CLIP's, and its gradient there, not that
+    through the mixture (1 - s times it), is added with the weight `ratio`.
+    """
+
+    def __init__(
+        self, clip: Mapping[str, Tensor], *, ratio: float, shares: tuple[float, float]
+    ) -> None:
+        super().__init__()
+        self.ratio, self.shares, self.names = ratio, shares, tuple(clip)
+        self.clip = FrozenTensors(**{f"at{i}": t.clone() for i, t in enumerate(clip.values())})
+
+    def draw(self) -> float:
+        low, high = self.shares
+        return low + (high - low) * float(torch.rand(()))
+
+    def mix(self, own: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """The trained parameters with so much of CLIP's; gradients reach `own`."""
+        return {
+            name: torch.lerp(own[name], clip.to(own[name].dtype), share)
+            for name, clip in zip(self.names, self.clip.buffers(), strict=True)
+        }
 
 
 def _neighbours(frames: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -76,6 +129,18 @@ def neighbouring(x: Tensor, frames: int) -> Tensor:
     before = torch.cat([nothing, clips[:, :-1]], dim=1)
     after = torch.cat([clips[:, 1:], nothing], dim=1)
     return torch.cat([before, after], dim=2).flatten(0, 1)
+
+
+def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
+    """Cross entropy, and that of weights drawn back to CLIP where openvclip.pull asks for it."""
+    value, metrics = cross_entropy(model, batch)
+    pull = cast(OpenVCLIP, getattr(model, "module", model)).pull
+    if pull is None:
+        return value, metrics
+    share = pull.draw()
+    pulled, _ = cross_entropy(partial(model, share=share), batch)
+    metrics = {**metrics, "pulled_loss": pulled.detach()}
+    return value + pull.ratio / (1 - share) * pulled, metrics
 
 
 def interpolate_weights(
@@ -110,16 +175,12 @@ def open_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
     if isinstance(weights.model.vision, ResNetShape):
         raise UserError(f"model.arch: {weights.model.name} is a ResNet; Open-VCLIP needs a ViT")
     visual = build_visual(config, weights)
-    share = config.openvclip.clip_share
+    share, pull = config.openvclip.clip_share, config.openvclip.pull
+    clip = _own_clip(config) if share or pull else {}
     if share:
-        clip = resolve_weights(
-            config.model.arch, config.openvclip.clip_weights, key="openvclip.clip_weights"
-        )
-        if clip.path is None:
-            raise UserError("openvclip.clip_weights: random weights are no CLIP to draw back to")
-        towers = {n.removeprefix("visual."): t for n, t in clip.clip.items() if "visual." in n}
+        towers = {n.removeprefix("visual."): t for n, t in clip.items()}
         visual.load_state_dict(interpolate_weights(visual.state_dict(), towers, share))
-        log.info("openvclip: %g of the weights of %s", share, clip.source)
+        log.info("openvclip: %g of CLIP's own weights", share)
     rows = build_classifier(config, class_names, weights=weights).matrix
     model = OpenVCLIP(visual, rows, class_names)
     if weights.path is None:
@@ -127,23 +188,55 @@ def open_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
     elif "logit_scale" in weights.tensors:
         with torch.no_grad():
             model.logit_scale.copy_(weights.tensors["logit_scale"])
+    if pull:
+        model.pull = _pull(model, clip, config)
     return model
 
 
+def _own_clip(config: Config) -> dict[str, Tensor]:
+    """The tower and the logit scale of openvclip.clip_weights."""
+    options = config.openvclip
+    clip = resolve_weights(config.model.arch, options.clip_weights, key="openvclip.clip_weights")
+    if clip.path is None:
+        raise UserError("openvclip.clip_weights: random weights are no CLIP to draw back to")
+    return {n: t for n, t in clip.clip.items() if n.startswith("visual.") or n == "logit_scale"}
+
+
+def _pull(model: OpenVCLIP, clip: Mapping[str, Tensor], config: Config) -> Pull:
+    low, high = config.openvclip.pull_shares
+    if config.openvclip.pull < 0 or not 0 <= low <= high < 1:
+        raise UserError(
+            f"openvclip.pull should not be negative, and pull_shares two shares within 0..1 (1 "
+            f"left out), got {config.openvclip.pull:g} and [{low:g}, {high:g}]"
+        )
+    if config.train.activation_checkpointing or config.train.zero_stage == 3:
+        raise UserError(
+            "openvclip.pull: without train.activation_checkpointing, and at train.zero_stage 0 to "
+            "2; a second set of weights goes through the tower"
+        )
+    interpolate_weights(model.state_dict(), clip, high)  # UserError where the shapes differ
+    return Pull(clip, ratio=config.openvclip.pull, shares=(low, high))
+
+
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
-    """Probabilities [len(videos), C]: the mean over a video's views of their softmax."""
+    """Probabilities [len(videos), C]: the softmax of the mean over a video's views of logits."""
     assert isinstance(model, OpenVCLIP)
     views = embed_distinct(model.encode_clips, videos, chunk)
-    scale = model.logit_scale.float().exp()
-    return view_scores(views, partial(cosine_logits, rows=model.classifier, scale=scale))
+    means = torch.stack([rows.mean(dim=0) for rows in views])
+    return model.logits(means, model.logit_scale).softmax(dim=-1)
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """The whole tower and the logit scale, at one learning rate."""
+    """The whole tower and the logit scale, at one learning rate; vectors do not decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options = config.optim
+    parts = {
+        "matrices": ([p for p in trained if p.dim() > 1], options.weight_decay),
+        "vectors": ([p for p in trained if p.dim() <= 1], 0.0),
+    }
     return [
-        {"name": "clip", "params": trained, "lr": options.lr, "weight_decay": options.weight_decay}
+        {"name": name, "params": params, "lr": options.lr, "weight_decay": decay}
+        for name, (params, decay) in parts.items()
     ]
 
 
