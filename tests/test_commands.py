@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kineticlip.checkpoint import export_weights
 from kineticlip.cli import COMMANDS, build_parser, main
+from kineticlip.config import load_config
 from kineticlip.demo import render_clip, write_clip, write_start_weights
+from kineticlip.methods import METHODS
 
 TINY = ["--set", "model.arch=ViT-tiny-16", "--set", "data.resolution=64"]
 UNTRAINED = ["--weights", "random", *TINY, "--set", "eval.precision=fp32"]
@@ -165,36 +165,32 @@ def test_a_list_line_with_the_wrong_fields_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_evaluation_ends_with_the_rows_of_an_unbroken_one(
-    clips: Path, tmp_path: Path
+def test_weights_bring_their_class_names_along(
+    clips: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    listing = tmp_path / "list.txt"
-    names = [f"copy{number}.mp4" for number in range(40)]
-    for number, name in enumerate(names):
-        (tmp_path / name).symlink_to(clips / f"clip{number % 6}.mp4")
-    listing.write_text("".join(f"{name} {n % 3}\n" for n, name in enumerate(names)))
-
-    def words(out: str) -> list[str]:
-        where = ("--list", str(listing), "--root", str(tmp_path), "--deterministic", "--scores")
-        return evaluate(clips, tmp_path / out, *where)
-
-    assert main(words("whole")) == 0
-    journal = tmp_path / "killed" / "journal.jsonl"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for goal in (3, 12, 25):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kineticlip", *words("killed")],
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-        )
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if journal.exists() and journal.read_bytes().count(b"\n") > goal:
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.002)
-        process.wait()
-    assert main(words("killed")) == 0
-    for name in ("results.parquet", "scores.safetensors"):
-        whole = (tmp_path / "whole" / name).read_bytes()
-        assert (tmp_path / "killed" / name).read_bytes() == whole, name
+    pairs = (*TINY[1::2], "model.weights=random", "data.labels=labels.txt", "data.num_frames=4")
+    config = load_config(None, [*pairs, "text4vis.header=mean", "classifier.source=random_normal"])
+    names = ("moving left", "moving right", "growing")
+    model = METHODS["text4vis"].build(config, names)
+    weights = tmp_path / "weights.safetensors"
+    export_weights(
+        weights, model.state_dict(), config=config, class_names=names, step=1, classifier={}
+    )
+    monkeypatch.chdir(tmp_path)  # no labels.txt here
+    listed = ("--list", str(clips / "list.txt"), "--root", str(clips), "--out", "out", "--json")
+    assert main(["eval", "--weights", str(weights), *listed]) == 0
+    assert json.loads(capsys.readouterr().out)["classes"] == 3
+    show = ("predict", str(clips / "clip0.mp4"), "--weights", str(weights), "--json")
+    assert main(show) == 0
+    ranking = json.loads(capsys.readouterr().out)["ranking"]
+    assert {row["label"] for row in ranking} == set(names)
+    assert main([*show, "--labels", "growing,something else"]) == 0  # of trained and new classes
+    ranking = json.loads(capsys.readouterr().out)["ranking"]
+    assert {row["label"] for row in ranking} == {"growing", "something else"}
+    assert "none.txt" in error_of(capsys, *show, "--labels", "none.txt")
+    write_start_weights(Path("start.safetensors"))
+    line = error_of(capsys, *show, "--labels", "start.safetensors")
+    assert "carry no class names" in line

@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -264,7 +265,8 @@ def read_labels(source: str | Path) -> tuple[str, ...]:
     A file is a CSV with the columns `id,name` (ids 0, 1, 2, ... in order), Charades' class file
     (`c000 Holding some clothes`), or holds one name a line. Names are kept to the letter. Raises
     UserError for an unknown source, a class without a name, ids out of order, a CSV without its
-    header and a name that occurs twice.
+    header and a name that occurs twice. A trained weights file (.safetensors) carries the names
+    of its classes.
     """
     name = str(source)
     if name in BUILT_IN:
@@ -273,6 +275,8 @@ def read_labels(source: str | Path) -> tuple[str, ...]:
     if not Path(source).exists():
         known = did_you_mean(name, BUILT_IN)
         raise UserError(f"{source}: no such label file or built-in set. {known}")
+    if Path(source).suffix == ".safetensors":
+        return _carried_names(source)
     lines = _read_text(source, "label")[0].splitlines()
     first = next((line for line in lines if line.strip()), "")
     if [word.strip().lower() for word in first.split(",")] == ["id", "name"]:
@@ -297,6 +301,21 @@ def split_words(name: str) -> str:
 def _built_in(file: str) -> tuple[str, ...]:
     text = (resources.files("kineticlip") / "data" / file).read_text(encoding="utf-8")
     return tuple(text.splitlines())
+
+
+def _carried_names(source: str | Path) -> tuple[str, ...]:
+    """The class names in the metadata of a weights file that training has written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(source, framework="np") as file:
+            facts = file.metadata() or {}
+        names = tuple(map(str, json.loads(facts.get("class_names", "[]"))))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{source}: no weights that can be read: {error}") from None
+    if not names:
+        raise UserError(f"{source}: these weights carry no class names; give --labels a file")
+    return names
 
 
 def _plain_names(lines: list[str], source: str | Path) -> list[tuple[int, str]]:

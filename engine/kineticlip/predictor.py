@@ -73,20 +73,32 @@ def with_weights(config: Config, weights: str, labels: str = "") -> Config:
         text_weights = config.classifier.text_weights or "random"
     model = replace(config.model, weights=weights)
     classifier = replace(config.classifier, text_weights=text_weights)
-    data = config.data
-    if labels and labels != data.labels:
-        trained = classifier.training_labels or data.labels
-        classifier = replace(classifier, training_labels=trained)
-        data = replace(data, labels=labels)
-    return replace(config, model=model, classifier=classifier, data=data)
+    config = replace(config, model=model, classifier=classifier)
+    if labels and labels != config.data.labels:
+        config = scoring_others(config)
+        config = replace(config, data=replace(config.data, labels=labels))
+    return config
+
+
+def scoring_others(config: Config) -> Config:
+    """The configuration for other classes than its own, which were those of training."""
+    trained = config.classifier.training_labels or config.data.labels
+    return replace(config, classifier=replace(config.classifier, training_labels=trained))
 
 
 def config_of(weights: str) -> Config:
-    """The configuration that a weights file carries, which KinetiCLIP's own do. UserError."""
-    found = load_weights(weights).config
-    if not found:
+    """The configuration that a weights file carries, which KinetiCLIP's own do. UserError.
+
+    Its data.labels is the file itself, which carries the class names: the label file of training
+    may be elsewhere by now.
+    """
+    found = load_weights(weights)
+    if not found.config:
         raise UserError(f"{weights}: carries no configuration: give --config as well")
-    return config_from_dict(found, weights)
+    config = config_from_dict(found.config, weights)
+    if not found.class_names:
+        return config
+    return replace(config, data=replace(config.data, labels=str(weights)))
 
 
 def load_recognizer(

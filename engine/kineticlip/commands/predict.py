@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kineticlip.dataset import read_labels
     from kineticlip.errors import UserError
-    from kineticlip.predictor import load_recognizer, pick_device, predict
+    from kineticlip.predictor import load_recognizer, pick_device, predict, scoring_others
     from kineticlip.video import VideoError
 
     if args.top < 1:
@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
         names = tuple(name.strip() for name in args.labels.split(",") if name.strip())
         args.labels = None
     config = configured(args)
-    if not names:
+    if names:
+        config = scoring_others(config)
+    else:
         if not config.data.labels:
             raise UserError("no class names: give --labels 'first, second' or a label file")
         names = read_labels(config.data.labels)
