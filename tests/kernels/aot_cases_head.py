@@ -40,6 +40,7 @@ CASES = {
         meta(64, 768, grad=False), meta(100_000, 768, grad=False), 5
     ),
     "mean_softmax 400": lambda: mean_softmax_triton(meta(64, 12, 400, grad=False)),
+    "mean_softmax 4096": lambda: mean_softmax_triton(meta(64, 12, 4096, grad=False)),
     "mean_softmax 16384": lambda: mean_softmax_triton(meta(64, 3, 16384, grad=False)),
 }
 

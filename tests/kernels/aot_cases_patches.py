@@ -27,8 +27,7 @@ CASES = {
 }
 
 KINDS = {
-    # Taps of neighbouring columns lie 3 bytes apart at an arbitrary phase: byte loads, from L1.
-    "patches_triton._cut_columns": "bytes",
+    "patches_triton._cut_columns": "bytes",  # its docstring says why, and what that costs
     "patches_triton._cut_rows": "memory",
-    "patches_triton._unfold": "memory",
+    "patches_triton._unfold": "stores",  # runs of 14 bytes in, whole rows of the matrix out
 }

@@ -4,9 +4,11 @@
 
 A stand-in driver names the target, launches become compilations, and the ops run on meta tensors:
 what is compiled is what a launch at those shapes would compile. A cases file has CASES, name ->
-function without arguments that runs ops, and KINDS, kernel -> "memory" or "matrix": what bounds
-it; MIN_ARCH, where there is one, names cases that older GPUs cannot run. Runs in its own process,
-without TRITON_INTERPRET.
+function without arguments that runs ops, and KINDS, kernel -> what bounds it: "matrix" products,
+"memory", "stores" (memory, read at odd addresses but written in rows), "bytes" (read and written
+a byte at a time) or "small" (its launch); MIN_ARCH, where there is one, names cases that older
+GPUs cannot run. Runs in its own process, without TRITON_INTERPRET. `kineticlip bench --aot`
+prints the tables of all targets.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,11 @@ from triton.runtime.jit import JITFunction
 
 from kineticlip_kernels import tuning
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# Of tensor cores, in PTX and in machine code; wgmma becomes HGMMA, or QGMMA in 8 bits.
+MATRIX = r"(wgmma\.mma_async|mma\.sync|tcgen05\.mma|HGMMA|QGMMA|HMMA|QMMA)\b"
+WIDE_LOAD = r"ld\.global\S*\.v4\.b32$|cp\.async\.cg\b|(LDG|LDGSTS)\.\S*\b128$|UTMALDG"
+WIDE_STORE = r"st\.global\S*\.v4\.b32$|STG\.\S*\b128$"
 
 
 class StandInDriver:
@@ -67,7 +76,7 @@ class Recorder:
         run, recorder = JITFunction.run, self
 
         def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            if recorder.last not in recorder.own:
+            if recorder.last and recorder.last not in recorder.own:
                 return None
             kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
             name = f"{function.module.rpartition('.')[2]}.{function.__name__}"
@@ -108,22 +117,12 @@ def load(arch: int, paths: Sequence[str]) -> tuple[dict[str, Callable[[], Any]],
 
 
 def report(case: str, name: str, kernel: Any, kind: str) -> dict[str, Any]:
-    """Registers, spills and instructions of one compiled kernel.
-
-    Instructions are counted in PTX: disassembling the cubin takes longer than compiling it, and
-    these become HMMA, HGMMA, UTCMMA and 128-bit LDG and STG one for one.
-    """
+    """Registers, spills and instructions of one compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        ).stdout
-    ptx = kernel.asm["ptx"]
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        counts = instructions(kernel, file.name)
     return {
         "case": case,
         "kernel": name,
@@ -131,11 +130,51 @@ def report(case: str, name: str, kernel: Any, kind: str) -> dict[str, Any]:
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
         "registers": _number(r"REG:(\d+)", usage),
-        "stack": _number(r"STACK:(\d+)", usage),  # where spilled registers go
+        "stack": _number(r"STACK:(\d+)", usage),  # where spilled registers go, in bytes
         "shared": kernel.metadata.shared,
-        "matrix": sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx))),
-        "wide": len(re.findall(r"\b(?:ld|st)\.global\S*\.v4\.b32\b|\bcp\.async\.cg\b", ptx)),
+        "matrix": _matching(MATRIX, counts),
+        "wide_loads": sum(_matching(WIDE_LOAD, counts).values()),
+        "wide_stores": sum(_matching(WIDE_STORE, counts).values()),
     }
+
+
+def instructions(kernel: Any, cubin: str) -> dict[str, int]:
+    """How often each instruction stands in a kernel: of the machine code on sm_90, else of PTX.
+
+    nvdisasm takes 0.3 s a kernel, as long as compiling it, so the other targets go without, and
+    a count is kept beside what Triton keeps. There mma.sync, tcgen05.mma and v4.b32 become HMMA,
+    UTCHMMA and 128 bits one for one.
+    """
+    if kernel.metadata.target.arch != 90:
+        return Counter(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]+)", kernel.asm["ptx"], re.M))
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    kept = Path(folder, f"{kernel.hash}.counts.json") if folder else None
+    if kept is not None and kept.exists():
+        found: dict[str, int] = json.loads(kept.read_text())
+        return found
+    code = _tool("nvdisasm", "-c", cubin)
+    counts = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", code, re.M))
+    if kept is not None:
+        kept.write_text(json.dumps(counts))
+    return counts
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the programs that come with Triton prints."""
+    done = subprocess.run(
+        [TOOLS / name, *arguments], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout
+
+
+def _matching(pattern: str, counts: Mapping[str, int]) -> dict[str, int]:
+    """Occurrences of each pattern's match, over all instructions that have one at the start."""
+    total: Counter[str] = Counter()
+    for instruction, count in counts.items():
+        found = re.match(pattern, instruction)
+        if found:
+            total[found[0]] += count
+    return dict(total)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -151,9 +190,26 @@ def compile_all(arch: int, table: str, paths: Sequence[str]) -> dict[str, Any]:
     recorder = Recorder(table)
     recorder.install()
     for recorder.case, run in cases.items():
+        recorder.last = ""
         run()
-    kernels = [report(*entry, kinds[entry[1]]) for entry in recorder.kernels.values()]
+    entries = list(recorder.kernels.values())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = list(pool.map(lambda entry: report(*entry, kinds[entry[1]]), entries))
     return {"kernels": kernels, "rows": sorted(recorder.rows)}
+
+
+def as_table(kernels: Sequence[Mapping[str, Any]]) -> str:
+    """One line a kernel, columns aligned."""
+    rows = [list(kernels[0]), *([_cell(value) for value in k.values()] for k in kernels)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name} x{count}" for name, count in value.items()) or "-"
+    return str(value)
 
 
 def main() -> None:
@@ -167,9 +223,7 @@ def main() -> None:
     if args.json:
         json.dump(found, sys.stdout)
         return
-    print(" | ".join(found["kernels"][0]))
-    for kernel in found["kernels"]:
-        print(" | ".join(str(value) for value in kernel.values()))
+    print(as_table(found["kernels"]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""Every kernel in every committed configuration, compiled for sm_90, down to the machine code.
+
+sm_90 is what the default table was written for; tables of one GPU are all of it too.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from aot_checks import HERE, check, compile_all, complaints
+from aot_compile import as_table
+
+import kineticlip_kernels
+from kineticlip_kernels import tuning
+
+TABLES = [name for name in tuning.tables() if name != "interpreter"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_kernels_compile_well(table: str, pytestconfig: pytest.Config) -> None:
+    found = check(90, table, pytestconfig.cache.mkdir("triton"))
+    lines = as_table(found["kernels"]).splitlines()
+    assert len(lines) == len(found["kernels"]) + 1
+    assert {"registers", "stack", "shared"} <= set(lines[0].split())
+    if table == "default":
+        assert {kernel["kernel"] for kernel in found["kernels"]} == launched()
+
+
+def launched() -> set[str]:
+    """module.kernel of every `kernel[grid](...)` in the package's sources."""
+    names = set()
+    for folder in kineticlip_kernels.__path__:
+        for path in HERE.joinpath(folder).glob("*_triton.py"):
+            found = re.findall(r"^ +(_\w+)\[.+\]\(", path.read_text(), re.M)
+            names |= {f"{path.stem}.{name}" for name in found}
+    return names
+
+
+def test_the_checks_can_fail(pytestconfig: pytest.Config) -> None:
+    cache = pytestconfig.cache.mkdir("triton")
+    found = compile_all(90, "default", cache, [HERE / "bad_kernels.py"])
+    problems = {kernel["case"]: complaints(kernel, 90) for kernel in found["kernels"]}
+    assert problems.pop("good") == []
+    expected = {
+        "spills": "spills: ",
+        "too much shared memory": "shared memory ",
+        "no tensor cores": "no HGMMA or QGMMA, only {}",
+        "narrow loads": "no 128-bit load",
+        "narrow stores": "no 128-bit store",
+    }
+    assert problems.keys() == expected.keys()
+    for case, (problem,) in problems.items():
+        assert expected[case] in problem
