@@ -1,11 +1,18 @@
-"""What the compilation tests share: compiling for a target, and what is wrong with a kernel."""
+"""What the compilation tests share: compiling for a target, and what is wrong with a kernel.
+
+    python aot_checks.py [--json]
+
+prints every kernel of every target and what is wrong with it; it is `kineticlip bench --aot`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +20,9 @@ from typing import Any
 from kineticlip_kernels import tuning
 
 HERE = Path(__file__).parent
+# sm_90 is what the default table was written for; other tables name one GPU, all of them sm_90.
+TARGETS = [(80, "default"), (90, "default"), (100, "default")]
+TARGETS += [(90, name) for name in tuning.tables() if name not in ("default", "interpreter")]
 CASES = sorted(HERE.glob("aot_cases_*.py"))
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
 TENSOR_CORES = {80: {"mma.sync"}, 90: {"HGMMA", "QGMMA"}, 100: {"tcgen05.mma"}}
@@ -24,7 +34,7 @@ def compile_all(arch: int, table: str, cache: Path, cases: Sequence[Path] = CASE
     """What aot_compile.py reports, from a process without the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, str(HERE / "aot_compile.py"), "--json", str(arch), table]
+    command = [sys.executable, str(HERE / "aot_compile.py"), str(arch), table]
     done = subprocess.run(
         [*command, *map(str, cases)], env=environment, capture_output=True, text=True, timeout=600
     )
@@ -60,3 +70,44 @@ def check(arch: int, table: str, cache: Path) -> dict[str, Any]:
     compiled = {(kernel, row) for kernel, row in found["rows"]}
     assert not committed - compiled, "rows of the table that no case compiles"
     return found
+
+
+def as_table(kernels: Sequence[dict[str, Any]]) -> str:
+    """One line a kernel, columns aligned."""
+    rows = [list(kernels[0]), *([_cell(value) for value in k.values()] for k in kernels)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name} x{count}" for name, count in value.items()) or "-"
+    return str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    args = parser.parse_args()
+    documents, failed = [], False
+    with tempfile.TemporaryDirectory() as scratch:
+        for arch, table in TARGETS:
+            kernels = compile_all(arch, table, Path(scratch))["kernels"]
+            problems = [problem for kernel in kernels for problem in complaints(kernel, arch)]
+            failed = failed or bool(problems)
+            documents.append(
+                {"arch": arch, "table": table, "kernels": kernels, "problems": problems}
+            )
+            if not args.json:
+                print(
+                    f"sm_{arch}, table {table}: {len(kernels)} kernels", as_table(kernels), sep="\n"
+                )
+                print("\n".join(problems) or "nothing wrong", end="\n\n", flush=True)
+    if args.json:
+        json.dump(documents, sys.stdout)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,14 +1,14 @@
 """Compiles kernels for GPUs that are not there, and reports what the assembler made of them.
 
-    python aot_compile.py [--json] ARCH TABLE CASES.py...
+    python aot_compile.py ARCH TABLE CASES.py...
 
 A stand-in driver names the target, launches become compilations, and the ops run on meta tensors:
 what is compiled is what a launch at those shapes would compile. A cases file has CASES, name ->
 function without arguments that runs ops, and KINDS, kernel -> what bounds it: "matrix" products,
 "memory", "stores" (memory, read at odd addresses but written in rows), "bytes" (read and written
 a byte at a time) or "small" (its launch); MIN_ARCH, where there is one, names cases that older
-GPUs cannot run. Runs in its own process, without TRITON_INTERPRET. `kineticlip bench --aot`
-prints the tables of all targets.
+GPUs cannot run. Prints JSON. Runs in its own process, without TRITON_INTERPRET; aot_checks.py
+starts it and judges what it finds.
 """
 
 from __future__ import annotations
@@ -198,32 +198,13 @@ def compile_all(arch: int, table: str, paths: Sequence[str]) -> dict[str, Any]:
     return {"kernels": kernels, "rows": sorted(recorder.rows)}
 
 
-def as_table(kernels: Sequence[Mapping[str, Any]]) -> str:
-    """One line a kernel, columns aligned."""
-    rows = [list(kernels[0]), *([_cell(value) for value in k.values()] for k in kernels)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{name} x{count}" for name, count in value.items()) or "-"
-    return str(value)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("arch", type=int)
     parser.add_argument("table")
     parser.add_argument("cases", nargs="+")
     args = parser.parse_args()
-    found = compile_all(args.arch, args.table, args.cases)
-    if args.json:
-        json.dump(found, sys.stdout)
-        return
-    print(as_table(found["kernels"]))
+    json.dump(compile_all(args.arch, args.table, args.cases), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""`kineticlip bench`: the kernels' benchmarks on this machine; --tune finds their block sizes."""
+"""`kineticlip bench`: the kernels' benchmarks on this machine; --tune finds their block sizes.
+
+--aot needs no GPU: every kernel compiled for three generations of them, as a table of registers,
+spilled bytes, shared memory, tensor-core instructions and 128-bit accesses.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +30,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="with --tune: the table to write, configs/*.json"
     )
+    parser.add_argument(
+        "--aot", action="store_true", help="compile every kernel for sm_80, 90 and 100 instead"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.write is not None and not args.tune:
         raise UserError("--write FILE goes with --tune")
+    if args.tune and args.aot:
+        raise UserError("--tune and --aot exclude each other")
+    if args.aot:
+        return _compile(args)
     return _tune(args) if args.tune else _bench(args)
 
 
+def _source(file: str) -> Path:
+    """A file of the source checkout that this package runs from."""
+    path = Path(__file__).resolve().parents[3] / file
+    if not path.is_file():
+        raise UserError(f"{path} is not there; run from a source checkout")
+    return path
+
+
+def _compile(args: argparse.Namespace) -> int:
+    command = [sys.executable, str(_source("tests/kernels/aot_checks.py"))]
+    done = subprocess.run([*command, *(["--json"] if args.json else [])], check=False)
+    return 0 if done.returncode == 0 else 1
+
+
 def _bench(args: argparse.Namespace) -> int:
-    folder = Path(__file__).resolve().parents[3] / "bench"
-    if not (folder / "kernel_bench.py").is_file():
-        raise UserError(f"{folder}: no benchmarks here; run from a source checkout")
+    folder = _source("bench/kernel_bench.py").parent
     with tempfile.TemporaryDirectory() as scratch:
         results = args.results or (Path(scratch) if args.json else None)
         command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only"]
