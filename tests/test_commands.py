@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from kineticlip.architectures import architecture
 from kineticlip.checkpoint import export_weights
 from kineticlip.cli import COMMANDS, build_parser, main
 from kineticlip.config import load_config
 from kineticlip.demo import render_clip, write_clip, write_start_weights
 from kineticlip.methods import METHODS
+from kineticlip.text import text_tower
+from kineticlip.vision import VisionTransformer
 
 TINY = ["--set", "model.arch=ViT-tiny-16", "--set", "data.resolution=64"]
 UNTRAINED = ["--weights", "random", *TINY, "--set", "eval.precision=fp32"]
@@ -73,6 +77,23 @@ def test_predict_marks_untrained_weights(clips: Path, capsys: pytest.CaptureFixt
     assert main(("predict", str(clips / "clip0.mp4"), "--labels", "a, b", *UNTRAINED)) == 0
     out = capsys.readouterr().out
     assert out.startswith("UNTRAINED") and "12 frames" in out and "1  " in out
+
+
+def test_predict_with_clip_as_it_was_published(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A CLIP file needs no configuration, and its own text tower encodes the names."""
+    tiny = architecture("ViT-tiny-16")
+    visual = VisionTransformer(tiny.vision).state_dict()
+    state = {f"visual.{name}": value for name, value in visual.items()}
+    state |= {**text_tower(tiny.text, None, seed=7).state_dict(), "logit_scale": torch.zeros(())}
+    torch.save(state, tmp_path / "clip.pt")
+    words = ["predict", str(clips / "clip0.mp4"), "--labels", "a, b", "--json"]
+    assert main([*words, "--weights", str(tmp_path / "clip.pt")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["arch"], document["untrained"]) == ("ViT-tiny-16", False)
+    line = error_of(capsys, *words, "--labels", "a, b, a")
+    assert line == "error: --labels: class 'a' stands there twice"
 
 
 def test_predict_names_a_bad_file(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,16 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kineticlip.architectures import architecture, recognise
 from kineticlip.batch import VideoViews
 from kineticlip.checkpoint import load_weights
-from kineticlip.config import EIGHT_BITS, Config, config_from_dict
+from kineticlip.config import EIGHT_BITS, Config, Text4VisConfig, config_from_dict
 from kineticlip.errors import UserError
 from kineticlip.evaluate import Scored, compare_precisions, default_chunk, prepare, score_stream
+from kineticlip.formats import read_checkpoint
 from kineticlip.loader import BadVideo, views_of
 from kineticlip.methods import method_named
 from kineticlip.methods.method import Method
 from kineticlip.results import UNTRAINED
 from kineticlip.weights import resolve_weights
+
+TEXT_TOWER = "token_embedding.weight"  # a file with this has the tower whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +68,12 @@ class Prediction:
 def with_weights(config: Config, weights: str, labels: str = "") -> Config:
     """The configuration of a run with these weights in place of its own.
 
-    weights: a file, an open_clip tag or `random`. Text features still come from the text tower
-    that training used, since fine-tuned files hold none. labels: classes to score instead of
-    the configured ones, which then count as the classes of training.
+    weights: a file, an open_clip tag or `random`. Text features come from their own text tower;
+    from the one that training used where a fine-tuned file holds none. labels: classes to score
+    instead of the configured ones, which then count as the classes of training.
     """
-    text_weights = config.classifier.text_weights or config.model.weights
-    if weights == "random":
-        text_weights = config.classifier.text_weights or "random"
+    own_text = not Path(weights).is_file() or TEXT_TOWER in read_checkpoint(weights).tensors
+    text_weights = config.classifier.text_weights or (weights if own_text else config.model.weights)
     model = replace(config.model, weights=weights)
     classifier = replace(config.classifier, text_weights=text_weights)
     config = replace(config, model=model, classifier=classifier)
@@ -86,15 +89,33 @@ def scoring_others(config: Config) -> Config:
     return replace(config, classifier=replace(config.classifier, training_labels=trained))
 
 
+def plain_clip(arch: str | None = None) -> Config:
+    """CLIP itself, its frame embeddings averaged: there is no part that has to be trained."""
+    config = Config(name="clip", text4vis=Text4VisConfig(header="mean"))
+    if arch is None:
+        return config
+    resolution = architecture(arch).vision.resolution
+    return replace(
+        config,
+        model=replace(config.model, arch=arch),
+        data=replace(config.data, resolution=resolution),
+    )
+
+
 def config_of(weights: str) -> Config:
-    """The configuration that a weights file carries, which KinetiCLIP's own do. UserError.
+    """The configuration that a weights file carries, which KinetiCLIP's own do.
 
     Its data.labels is the file itself, which carries the class names: the label file of training
-    may be elsewhere by now.
+    may be elsewhere by now. CLIP as it was published carries none and needs none: its tensors'
+    shapes tell the architecture. UserError for any other file.
     """
     found = load_weights(weights)
     if not found.config:
-        raise UserError(f"{weights}: carries no configuration: give --config as well")
+        published = read_checkpoint(weights)
+        arch = recognise(published.tensors) if published.is_clip else None
+        if arch is None:
+            raise UserError(f"{weights}: carries no configuration: give --config as well")
+        return plain_clip(arch)
     config = config_from_dict(found.config, weights)
     if not found.class_names:
         return config

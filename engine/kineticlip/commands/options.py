@@ -44,15 +44,15 @@ def configured(args: argparse.Namespace) -> Config:
     from dataclasses import replace
     from pathlib import Path
 
-    from kineticlip.config import Config, Text4VisConfig, load_config, override
-    from kineticlip.predictor import config_of, with_weights
+    from kineticlip.config import load_config, override
+    from kineticlip.predictor import config_of, plain_clip, with_weights
 
     if args.config is not None:
         config = load_config(args.config, args.set)
     elif args.weights is not None and Path(args.weights).is_file():
         config = override(config_of(args.weights), args.set)
     else:
-        config = override(Config(name="clip", text4vis=Text4VisConfig(header="mean")), args.set)
+        config = override(plain_clip(), args.set)
     if args.weights is not None:
         return with_weights(config, args.weights, args.labels or "")
     return replace(config, data=replace(config.data, labels=args.labels or config.data.labels))

@@ -30,8 +30,11 @@ def run(args: argparse.Namespace) -> int:
     if not Path(args.video).exists():
         raise VideoError(args.video, "no such file or folder")
     names: tuple[str, ...] = ()
-    if args.labels and "," in args.labels:
+    if args.labels and "," in args.labels and not Path(args.labels).exists():
         names = tuple(name.strip() for name in args.labels.split(",") if name.strip())
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"--labels: class '{twice}' stands there twice")
         args.labels = None
     config = configured(args)
     if names:
