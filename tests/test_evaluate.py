@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kineticlip.batch import VideoViews
 from kineticlip.config import Config, load_config
+from kineticlip.dataset import Entry
+from kineticlip.demo import render_clip, write_clip
 from kineticlip.errors import UserError
 from kineticlip.evaluate import Clock, Scored, prepare, score_stream
-from kineticlip.loader import BadVideo
+from kineticlip.loader import BadVideo, TestLoader
 from kineticlip.methods import METHODS
 from kineticlip.methods.method import Method
 from kineticlip.sampling import sample_test
@@ -116,12 +120,24 @@ def test_running_out_of_memory_halves_the_chunk_and_loses_no_video() -> None:
     assert clock.halvings == 2 and model.largest <= 4
 
 
-def test_a_short_video_with_ten_dense_clips_costs_its_frames_once() -> None:
-    video = made_video(0, 20, clips=10, crops=(0,))
-    model = CountingTower()
-    list(score_stream(model, COUNTING, [video], device=CPU, chunk=64))
-    assert video.num_views == 10
-    assert model.images <= 20
+@pytest.mark.parametrize("crops", [1, 3])
+def test_twenty_frames_in_ten_dense_clips_are_encoded_once_a_crop(
+    tmp_path: Path, crops: int
+) -> None:
+    frames = render_clip(0, 0, np.random.default_rng(0))
+    write_clip(tmp_path / "short.mp4", frames[np.arange(20) % len(frames)])
+    views = ("test.clips=10", "test.sampling=dense", f"test.crops={crops}", "data.num_frames=8")
+    config = configured(*views, "classifier.source=random_normal")
+    model = prepare(METHODS["text4vis"].build(config, NAMES), "fp32", CPU)
+    shown: list[int] = []
+    model.get_submodule("visual").register_forward_pre_hook(
+        lambda _, given: shown.append(len(given[0]))
+    )
+    loader = TestLoader([Entry("short", str(tmp_path / "short.mp4"), 0)], config)
+    (item,) = score_stream(model, METHODS["text4vis"], loader, device=CPU, chunk=16)
+    assert isinstance(item, Scored)
+    assert (item.video.num_frames, item.video.num_views) == (20, 10 * crops)
+    assert 0 < sum(shown) <= 20 * crops  # one at a time would be 80 * crops
 
 
 @pytest.mark.parametrize("header", ["mean", "transformer"])
