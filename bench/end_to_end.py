@@ -172,6 +172,7 @@ def measure(
     naive = open_clip.create_model(f"{work.arch}-quickgelu", pretrained=None).visual.eval()
     naive.load_state_dict(reference.model.get_submodule("visual").state_dict())
     naive = naive.to(device)
+    once = torch.zeros(2, 3, work.resolution, work.resolution, dtype=torch.uint8, device=device)
     assert reference.classifier is not None
     for name in options.baselines:
         contestants[f"naive {name}"] = partial(
@@ -189,17 +190,11 @@ def measure(
         )
         towers[precision] = ", ".join(notes)
         print(f"{work.name} {towers[precision]}", file=sys.stderr)
-        with torch.inference_mode():  # whatever happens once
-            side = work.resolution
-            recognizer.model.get_submodule("visual")(
-                torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
-            )
+        with torch.inference_mode():  # what happens once, compilation above all, is not timed
+            recognizer.model.get_submodule("visual")(once)
         fitted = replace(config, eval=replace(config.eval, batch_frames=chunk))
         recognizer = replace(recognizer, config=fitted)
         contestants[f"engine {precision}"] = partial(engine_scores, recognizer, entries, clock)
-    for run in contestants.values() if options.warm_up else ():
-        run()
-    clock.images = 0
     limits = Limits(work.arch, work.resolution, naive_images=images)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in contestants}
     deadline = time.perf_counter() + options.seconds
@@ -315,7 +310,6 @@ def parsed() -> argparse.Namespace:
     options.minutes = options.minutes or (QUICK_MINUTES if options.quick else None)
     seconds = float("inf") if options.minutes is None else 60 * options.minutes
     options.seconds = seconds / len(options.works)
-    options.warm_up = not options.quick
     gpu = torch.cuda.is_available()
     options.engines = (options.engines or ("fp32,bf16" if gpu else "fp32,bf16,int8")).split(",")
     options.baselines = options.baselines.split(",")
@@ -335,7 +329,7 @@ def main() -> int:
             found, limit = measure((QUICK if options.quick else WORKS)[number], entries, options)
             rows += found
             limits.append(limit)
-    shown = ("quick", "rounds", "minutes", "warm_up")
+    shown = ("quick", "rounds", "minutes")
     record = {
         "kind": "end_to_end",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
