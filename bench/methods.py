@@ -1,10 +1,13 @@
 """What the engine's form of a method's own layers saves over writing the formulas down.
 
     python bench/methods.py evl [--arch ViT-B-16] [--frames 8] [--clips 1] [--threads 1] [--json]
+    python bench/methods.py vitaclip --results bench/results
 
 evl: the decoder on recorded taps of the trunk, forward and backward, against the same maths with
 keys and values projected and the offset weights gathered for every pair of patches. Both are
-timed in turn in one process; peak memory is that of a process of its own for each.
+timed in turn in one process; peak memory is that of a process of its own for each, and beside it
+the most bytes of tensors that live at once, which is the same in every run.
+vitaclip: see methods_vitaclip.py. The exit status is 1 where the forms differ or a claim fails.
 """
 
 from __future__ import annotations
@@ -16,14 +19,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernel_results import result_path
 from kineticlip.architectures import VisionShape, architecture
 from kineticlip.config import EvlConfig
 from kineticlip.info import evl as evl_parts
@@ -35,6 +41,9 @@ from methods_vitaclip import vitaclip
 
 Step = Callable[[], Tensor]
 FACES = ("straightforward", "engine")
+# How many times less the engine needs, at the default sizes.
+CLAIMS = {"evl": {"seconds": 3.0, "peak_megabytes": 3.0}, "vitaclip": {"seconds": 3.0}}
+NEAR = 1e-4  # of the largest value: roundings of two orders of summation in fp32
 
 
 def evl_decoder(arch: str, frames: int) -> Decoder:
@@ -155,6 +164,22 @@ def peak_megabytes(face: str, arch: str, frames: int, clips: int, answer: Any) -
     answer.put((_status("VmHWM") - before) / 1024)
 
 
+def live_megabytes(face: str, arch: str, frames: int, clips: int) -> float:
+    """Tensors that live at once in a step beyond weights, gradients and inputs, at the most."""
+    decoder = evl_decoder(arch, frames)
+    taps = evl_taps(decoder, clips)
+    inputs = [tensor for tap in taps for tensor in tap]
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    held = sum(2 * p.nbytes for p in decoder.parameters()) + sum(x.nbytes for x in inputs)
+    tracker = MemTracker()
+    tracker.track_external(decoder, *inputs)
+    with tracker:
+        FORMS[face](decoder, taps, clips).square().sum().backward()
+    most = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return float((most - held) / 1e6)
+
+
 def evl_parameters(step: Step) -> list[torch.nn.Parameter]:
     """Those of the decoder that a step closes over."""
     cells = (cell.cell_contents for cell in step.__closure__ or ())
@@ -197,6 +222,7 @@ def evl(arch: str, frames: int, clips: int, rounds: int) -> dict[str, Any]:
         "seconds": {face: _spread(values) for face, values in seconds.items()},
         "cpu_seconds": {face: _spread(values) for face, values in cpu.items()},
         "peak_megabytes": {face: _peak(face, arch, frames, clips) for face in FACES},
+        "live_megabytes": {face: live_megabytes(face, arch, frames, clips) for face in FACES},
         "multiply_adds": evl_counts(arch, frames, clips),
     }
 
@@ -310,6 +336,32 @@ METHODS: dict[str, Callable[[str, int, int, int], dict[str, Any]]] = {
 }
 
 
+def claims(name: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is promised of a method beside what was measured, as ratios of the two forms."""
+    rows = []
+    for what, wanted in CLAIMS[name].items():
+        slow, fast = (
+            found[what][face]["median"] if what == "seconds" else found[what][face]
+            for face in FACES
+        )
+        rows.append({"what": what, "wanted": wanted, "ratio": slow / fast})
+    return rows
+
+
+def problems(name: str, found: Mapping[str, Any]) -> list[str]:
+    """Claims that fail, and differences between the forms; a line each."""
+    lines = [
+        f"{name}: {row['what']}: {row['ratio']:.2f} times less, {row['wanted']:g} are claimed"
+        for row in claims(name, found)
+        if row["ratio"] < row["wanted"]
+    ]
+    return lines + [
+        f"{name}: {what} differ by {value:.1e}"
+        for what, value in found["difference"].items()
+        if not value < NEAR
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("method", choices=list(METHODS))
@@ -320,16 +372,27 @@ def main() -> int:
     # One: threads that share busy cores wait for each other in every small product (20 x measured).
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="keep the document there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = METHODS[args.method](args.arch, args.frames, args.clips, args.rounds)
-    if args.json:
-        record = {"machine": machine_record(), "software": software_record(), args.method: found}
-        json.dump(record, sys.stdout, indent=1)
-        print()
-    else:
-        print(as_text(args.method, found))
-    return 0
+    record = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": machine_record(),
+        "software": software_record(),
+        "claims": claims(args.method, found),
+        args.method: found,
+    }
+    print(json.dumps(record, indent=1) if args.json else as_text(args.method, found))
+    if args.results is not None:
+        path = result_path(args.results, record)
+        path = path.with_stem(f"{path.stem}-{args.method}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written: {path}", file=sys.stderr)
+    wrong = problems(args.method, found)
+    print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

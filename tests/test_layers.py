@@ -18,7 +18,7 @@ LAYERS = (
     {"batch", "prompts", "distributed", "measure", "journal"},
     {"video"},
     {"sampling", "views", "randaugment", "augment", "dataset", "loader", "prepare"},
-    {"architectures", "info"},
+    {"architectures", "info", "info_kin"},
     {"transformer", "vision", "resnet", "temporal", "formats", "weights", "text", "classifier"},
     {"checkpoint"},
     {"methods"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"train", "train_log", "validation", "launch", "evaluate", "predictor", "features", "demo"}
     | {"adopt", "average"}
     | {"feature_cache"}
-    | {"attributes", "inference", "fp8_tower", "parallel_eval", "device_loader"},
+    | {"attributes", "inference", "fp8_tower", "parallel_eval", "device_loader", "list_eval"},
     {"report", "report_data", "figures", "parity"},
     {"commands"},
     {"cli", "__main__"},

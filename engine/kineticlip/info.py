@@ -398,8 +398,8 @@ def vitaclip(
     ours = 2 * n * extra * width + 2 * ((1 if local else 0) + (1 if summary else 0)) * square
     plain = 4 * n * square + 2 * n * longer * width + 2 * n * width * hidden
     last = class_block(width, hidden, shape.heads, longer, absorbed=absorbed)
-    if not absorbed:  # the prompts' projections are in `ours` above
-        last -= 2 * extra * square
+    # The prompts' projections are in `ours` above; absorbed, the last block has none.
+    last -= 2 * ((1 if local else 0) + (1 if summary else 0) if absorbed else extra) * square
     attention = depth * 4 * (square + width)
     prompts = depth * global_prompts * width + (depth * frames * width if local else 0)
     own = Part(
@@ -412,8 +412,12 @@ def vitaclip(
     parts += [
         own,
         Part(name="visual last block: class token only", ours=frames * (last - plain)),
+        Part(name="frames averaged, then projected", ours=(1 - frames) * width * shape.embed),
         Part(name="time embedding", parameters=frames * width, trained=frames * width),
     ]
+    if global_prompts:
+        shared = (depth - (1 if absorbed else 0)) * 2 * global_prompts * square
+        parts.append(Part(name="global prompts as keys and values", ours=shared, once=True))
     if summary or local:
         linear = depth * (square + width)
         parts.append(

@@ -46,7 +46,7 @@ def describe(config: Config, classes: int) -> dict[str, Any]:
 
     if config.method not in PARTS:
         known = ", ".join(PARTS)
-        raise UserError(f"method: no counts for '{config.method}' yet; known: {known}")
+        raise UserError(f"method: no counts for '{config.method}'; known: {known}")
     model = architecture(config.model.arch)
     if model.vision.resolution != config.data.resolution:
         raise UserError(
@@ -161,6 +161,37 @@ def _actionclip(config: Config, model: Architecture, classes: int) -> list[Part]
     return [*_text4vis(config, model, classes)[:-1], replace(tower, trained=trained)]
 
 
+def _vit_of(model: Architecture, method: str) -> None:
+    from kineticlip.architectures import VisionShape
+
+    if not isinstance(model.vision, VisionShape):
+        raise UserError(f"model.arch: {model.name} is a ResNet; {method} needs a ViT")
+
+
+def _xclip(config: Config, model: Architecture, classes: int) -> list[Part]:
+    from kineticlip.info_kin import xclip
+
+    _vit_of(model, "X-CLIP")
+    return xclip(
+        model,
+        config.data.num_frames,
+        classes=classes,
+        integration_layers=config.xclip.integration_layers,
+        prompt_layers=config.xclip.prompt_layers,
+        train_text=config.xclip.train_text,
+    )
+
+
+def _openvclip(config: Config, model: Architecture, classes: int) -> list[Part]:
+    from kineticlip.info_kin import openvclip
+    from kineticlip.prompts import expand_templates
+
+    _vit_of(model, "Open-VCLIP")
+    options = config.classifier
+    templates = expand_templates(options.templates or (options.template,))
+    return openvclip(model, config.data.num_frames, sentences=classes * len(templates))
+
+
 # method -> its parts for a configuration, an architecture and a number of classes
 PARTS: dict[str, Callable[[Config, Architecture, int], list[Part]]] = {
     "text4vis": _text4vis,
@@ -170,6 +201,8 @@ PARTS: dict[str, Callable[[Config, Architecture, int], list[Part]]] = {
     "vitaclip": _vitaclip,
     "vificlip": _vificlip,
     "actionclip": _actionclip,
+    "xclip": _xclip,
+    "openvclip": _openvclip,
 }
 
 
