@@ -9,6 +9,7 @@ from itertools import count
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kineticlip import inference
 from kineticlip.architectures import architecture
@@ -176,6 +177,29 @@ def test_only_long_int8_runs_compile(
     assert any("compiled" in note for note in notes) == expected
 
 
+class Operators(TorchDispatchMode):
+    """Notes every operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_forward_brings_nothing_from_the_host() -> None:
+    """torch.tensor of plain numbers is a copy to the GPU, which a CUDA graph cannot record."""
+    with Operators() as made:
+        torch.tensor([1.0, 2.0])
+    assert "lift_fresh" in made.names
+    with torch.no_grad(), Operators() as seen:
+        tower().bfloat16()(pixels(2))
+    assert "native_layer_norm" in seen.names
+    assert not seen.names & {"lift_fresh", "item", "_local_scalar_dense", "nonzero"}
+
+
 class Timed(nn.Module):
     """A tower that takes a made-up time, and fails from some size on."""
 
@@ -207,6 +231,24 @@ def test_the_probe_stops_where_doubling_gains_little(
     assert probe.chunk == expected
     before = model.now
     assert probe_chunk(model, **settings) is probe and model.now == before
+
+
+def test_the_probe_of_a_gpu_tries_less_than_its_first_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[int] = []
+
+    def rate(tower: nn.Module, size: int, *_: object) -> float:
+        tried.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError("made up")
+        return float(size)
+
+    monkeypatch.setattr(inference, "_PROBES", {})
+    monkeypatch.setattr(inference, "_rate", rate)
+    settings = {"arch": "made", "precision": "fp32", "resolution": 8}
+    probe = probe_chunk(nn.Identity(), device=torch.device("cuda"), **settings)
+    assert probe.chunk == 2 and tried == [8, 1, 2, 4]
 
 
 def test_not_one_image_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,9 @@ def graphed(tower: nn.Module, chunk: int, pixels: Tensor) -> SteadyTower:
             tower(inputs)
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.inference_mode():
+    # Threads that decode meanwhile may allocate and wait: only this one must not.
+    recording = torch.cuda.graph(graph, capture_error_mode="thread_local")
+    with recording, torch.inference_mode():
         outputs = tower(inputs)
 
     def replay(filled: Tensor) -> Tensor:
@@ -370,7 +372,10 @@ def _probe(
                 if size == 1:
                     raise
                 torch.cuda.empty_cache()
-                break
+                if rates:
+                    break
+                size = 1
+                continue
             if rates[size] < rates.get(best, 0.0) * (1 + PROBE_GAIN) and len(rates) > 1:
                 break
             best, size = size, 2 * size

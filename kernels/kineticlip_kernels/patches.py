@@ -174,10 +174,14 @@ def fold_patch_embedding(
     product is closer to the fp64 truth (1.7e-3) than with pixels normalised first (2.3e-3).
     """
     wide = conv_weight.to(torch.promote_types(conv_weight.dtype, torch.float32))
-    centre = wide.new_tensor([128 / 255 - m for m in mean]).view(1, 3, 1, 1)
-    spread = wide.new_tensor(list(std)).view(1, 3, 1, 1)
-    bias = (wide * (centre / spread)).sum(dim=(1, 2, 3))  # [D]
-    weight = (wide / (255 * spread)).flatten(1)  # [D, 3 * P * P]
+    # Channel by channel with plain numbers: a tensor of them would be a copy from the host, which
+    # cannot be recorded in a CUDA graph.
+    channels = wide.unbind(1)  # [D, P, P] each
+    shifts = [(128 / 255 - m) / s for m, s in zip(mean, std, strict=True)]
+    parts = [part * shift for part, shift in zip(channels, shifts, strict=True)]
+    bias = torch.stack(parts, dim=1).sum(dim=(1, 2, 3))  # [D]
+    scaled = [part / (255 * s) for part, s in zip(channels, std, strict=True)]
+    weight = torch.stack(scaled, dim=1).flatten(1)  # [D, 3 * P * P]
     padding = patch_columns(conv_weight.shape[-1]) - weight.shape[1]
     return F.pad(weight, (0, padding)).to(conv_weight.dtype), bias.to(conv_weight.dtype)
 
