@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,7 +18,7 @@ import torch
 from kineticlip.batch import VideoViews
 from kineticlip.config import Config
 from kineticlip.dataset import Entry
-from kineticlip.loader import BadVideo, open_entry, pipeline_of, run_ahead
+from kineticlip.loader import BadVideo, cache_for, open_entry, pipeline_of, run_ahead
 from kineticlip.sampling import sample_test
 from kineticlip.video import Plan, ProbeCache, VideoError, VideoSource, plan_frames
 from kineticlip.video.batch import BatchReader, Decoded, Request
@@ -69,7 +70,8 @@ class DeviceLoader:
         self._rules = pipeline_of(config.data, pipeline)
         sample_test(1, config.data, config.test, self._rules)  # settings that no video can meet
         geometry(64, 64, size=32, crops=config.test.crops, pipeline=self._rules)
-        self.entries, self._config, self._cache = entries, config, cache
+        self.entries, self._config = entries, config
+        self._cache = cache_for(config.data, cache)
         self._device = device
         name = f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
         self._reader = BatchReader(
@@ -119,7 +121,8 @@ class DeviceLoader:
         return torch.cuda.Stream(self._device)
 
     def _views(self, entries: Sequence[Entry]) -> Iterator[VideoViews | BadVideo]:
-        opened = [self._open(entry) for entry in entries]
+        with ThreadPoolExecutor(self._config.data.workers) as pool:
+            opened = list(pool.map(self._open, entries))
         requests = [item.request for item in opened if isinstance(item, _Opened)]
         read = iter(self._reader.read(requests))
         for item in opened:

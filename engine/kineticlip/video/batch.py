@@ -6,9 +6,11 @@ decoded there; files the decoder lacks are decoded on the CPU and copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kineticlip.errors import UserError, did_you_mean
@@ -29,6 +31,9 @@ SMALLEST["av1"] = (128, 128)
 NO_AV1 = ((7, 0), (7, 2), (7, 5), (8, 0), (9, 0))
 # Decoded frames of one run, so that 32 frames of 1080p for 16 videos are not held at once.
 RUN_BYTES = 2 << 30
+
+
+Stream = Callable[[], AbstractContextManager[Any]]
 
 
 class StreamDecoder(Protocol):
@@ -57,15 +62,16 @@ class TorchcodecDecoder:
 
     def decode(self, streams: Sequence[Trimmed]) -> list[Any]:
         """As StreamDecoder.decode."""
-        return list(self._pool.map(self._decode, streams))
+        return list(self._pool.map(partial(self._decode, here=this_stream(self._device)), streams))
 
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown()
 
-    def _decode(self, stream: Trimmed) -> Any:
+    def _decode(self, stream: Trimmed, *, here: Stream) -> Any:
         try:
-            return torchcodec.decode_trimmed(stream, device=self._device)
+            with here():
+                return torchcodec.decode_trimmed(stream, device=self._device)
         except Unsuitable as error:
             return error
 
@@ -184,7 +190,8 @@ class BatchReader:
 
         Files of later runs are read and trimmed while the first ones are decoded.
         """
-        jobs = [self._pool.submit(self._start, request) for request in requests]
+        here = this_stream(self._device)
+        jobs = [self._pool.submit(self._start, request, here) for request in requests]
         results: list[Decoded | VideoError | None] = [None] * len(requests)
         for run in _runs(requests, self._batch):
             started = {index: jobs[index].result() for index in run}
@@ -193,7 +200,7 @@ class BatchReader:
             for index, job in started.items():
                 request, frames = requests[index], results_of.get(index)
                 if isinstance(frames, Unsuitable):
-                    results[index] = self._on_cpu(request, str(frames))
+                    results[index] = self._on_cpu(request, str(frames), here)
                 elif frames is not None:
                     turned = request.video.probe.orientation.apply(frames).contiguous()
                     results[index] = Decoded(frames=turned, decoder=self.decoder, notes=())
@@ -204,10 +211,10 @@ class BatchReader:
     def _decode(self, streams: list[Trimmed]) -> list[Any]:
         return self._streams.decode(streams) if self._streams is not None and streams else []
 
-    def _start(self, request: Request) -> Trimmed | Decoded | VideoError:
+    def _start(self, request: Request, here: Stream) -> Trimmed | Decoded | VideoError:
         """What can be done in a thread: the trimmed stream, or all of it where the CPU decodes."""
         if self._streams is None:
-            return self._on_cpu(request, "")
+            return self._on_cpu(request, "", here)
         probe = request.video.probe
         reason = why_not_on_gpu(probe, self.decoder, self._capability)
         if not reason:
@@ -217,18 +224,33 @@ class BatchReader:
                 reason = str(error)
             except VideoError as error:
                 return error
-        return self._on_cpu(request, reason)
+        return self._on_cpu(request, reason, here)
 
-    def _on_cpu(self, request: Request, reason: str) -> Decoded | VideoError:
+    def _on_cpu(self, request: Request, reason: str, here: Stream) -> Decoded | VideoError:
         import torch
 
         video = request.video
         try:
-            frames = torch.from_numpy(video.read(request.numbers)).to(self._device)
+            pictures = torch.from_numpy(video.read(request.numbers))
+            with here():
+                frames = pictures.to(self._device)
         except VideoError as error:
             return error
         notes = [f"not {self.decoder}: {reason}"] if reason else []
         return Decoded(frames=frames, decoder=video.decoder, notes=(*notes, *video.notes))
+
+
+def this_stream(device: str) -> Stream:
+    """Contexts for other threads that work on the stream of this one.
+
+    A new thread works on the default stream, which waits for no other: its frames would be read
+    before they are there, and their memory be used again while they are still read.
+    """
+    import torch
+
+    if not device.startswith("cuda"):
+        return nullcontext
+    return partial(torch.cuda.stream, torch.cuda.current_stream(device))
 
 
 def _runs(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
