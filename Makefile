@@ -21,7 +21,7 @@ $(STAMP): setup.py constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/kineticlip demo --output demo-output
+	$(BIN)/kineticlip demo --out demo-output
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

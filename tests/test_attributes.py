@@ -131,9 +131,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             writer.add(name, values / values.sum(), views=1, frames=9, decoder="pyav")
         writer.finish(machine={}, speed={})
     attributes = tmp_path / "a.json"
-    assert (
-        main(["attributes", "extract", str(tmp_path / "results"), "--output", str(attributes)]) == 0
-    )
+    assert main(["attributes", "extract", str(tmp_path / "results"), "--out", str(attributes)]) == 0
     assert len(read_attributes(attributes)) == 24
 
     (tmp_path / "list.txt").write_text("\n".join(f"{name} {label}" for name, label in listing))
@@ -152,7 +150,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shared += ["--weights", "random", "--labels", str(tmp_path / "labels.txt")]
     shared += ["--attributes", str(attributes)]
     head = tmp_path / "head.safetensors"
-    assert main(["attributes", "train", "--output", str(head), *shared]) == 0
+    assert main(["attributes", "train", "--out", str(head), *shared]) == 0
     capsys.readouterr()
     command = ["attributes", "fuse", str(tmp_path / "results"), "--head", str(head), *shared]
     assert main([*command, "--json"]) == 0

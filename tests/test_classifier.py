@@ -212,7 +212,7 @@ def test_classifier_of_no_file_has_no_row() -> None:
 def test_command_builds_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels, output = tmp_path / "labels.txt", tmp_path / "k.safetensors"
     labels.write_text("\n".join(NAMES))
-    common = ["--labels", str(labels), "--output", str(output), "--json"]
+    common = ["--labels", str(labels), "--out", str(output), "--json"]
     tiny = ["--set", "model.arch=ViT-tiny-16", "--set", "model.weights=random", "--set", "seed=3"]
     assert main(["classifier", "build", "text", *common, *tiny]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -235,7 +235,7 @@ def test_command_builds_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     assert main(["classifier", "build", "lda", *common]) == 2
     assert "data.train_list" in capsys.readouterr().err
-    assert main(["classifier", "build", "text", "--output", "x.pt"]) == 2
+    assert main(["classifier", "build", "text", "--out", "x.pt"]) == 2
     assert "expected a .safetensors file" in capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ def test_lda_of_a_list_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[s
     }
     pairs = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     build = ["classifier", "build", "lda", "--per-class", "2", "--shrinkage", "0.5", *pairs]
-    files = ["--labels", str(tmp_path / "labels.txt"), "--output", str(output)]
+    files = ["--labels", str(tmp_path / "labels.txt"), "--out", str(output)]
     assert main([*build, "--weights", "random", *files, "--json"]) == 0
     provenance = json.loads(capsys.readouterr().out)["provenance"]
     assert provenance["videos"] == 4 and provenance["per_class"] == 2

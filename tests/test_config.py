@@ -27,6 +27,13 @@ def test_values_come_from_the_file_and_overrides_win(tmp_path: Path) -> None:
     assert config.data.resolution == Config().data.resolution
 
 
+def test_words_stay_words_in_overrides() -> None:
+    config = load_config(None, ["classifier.template={}", "name=8", "data.val_root="])
+    assert (config.classifier.template, config.name, config.data.val_root) == ("{}", "8", "")
+    quoted = load_config(None, ["classifier.template='a {}'", 'name="on"'])
+    assert (quoted.classifier.template, quoted.name) == ("a {}", "on")
+
+
 def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 1\ndata:\n  num_frame: 8\n")
     with pytest.raises(UserError) as error:

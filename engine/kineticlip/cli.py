@@ -31,6 +31,24 @@ COMMANDS = {
     "attributes": "BIKE's second branch: extract, train, fuse",
 }
 
+EXAMPLES = {
+    "predict": "clip.mp4 --labels 'archery, bowling, juggling'",
+    "eval": "--config k400-text4vis-vitb16-f8 --weights official.pt --list val.txt --root videos",
+    "train": "--config k400-text4vis-vitb16-f8 --num-processes 8",
+    "report": "runs/first/eval runs/second/eval --out compared.html",
+    "demo": "--out demo-output",
+    "frames": "clip.mp4 --at 0,10,20-29 --out frames.npz",
+    "prepare": "train.txt --root videos --good readable.txt --bad unreadable.txt",
+    "features": "--config k400-evl-vitb16-f8 --list train.txt --root videos --out features",
+    "classifier": "build text --labels kinetics-400 --out text.safetensors",
+    "convert": "official.pt weights.safetensors --to kineticlip",
+    "bench": "--short",
+    "doctor": "--precision fp32",
+    "info": "k400-text4vis-vitl14_336-f32",
+    "parity": "text4vis tests/golden/text4vis",
+    "attributes": "extract runs/zero-shot/eval --out attributes.json",
+}
+
 
 def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     """The argument parser; only the selected subcommand's options are filled in."""
@@ -45,7 +63,14 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  kineticlip {name} {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         if name == selected:
             module = importlib.import_module(f"kineticlip.commands.{name}")
             module.add_arguments(sub)

@@ -405,12 +405,14 @@ def _apply_override(values: dict[str, Any], pair: str, where: dict[str, str]) ->
     place = f"--set {pair}"
     if not equals:
         raise UserError(f"{place}: expected key=value")
+    *parents, leaf = dotted.split(".")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
+    if _type_of(dotted) == "str" and not isinstance(value, str):
+        value = text  # the template {}, the name 8: words, whatever YAML makes of them
     node: Any = value if value is not None or text.strip() in ("null", "~") else ""
-    *parents, leaf = dotted.split(".")
     nested: dict[str, Any] = {leaf: node}
     for parent in reversed(parents):
         nested = {parent: nested}
@@ -420,6 +422,16 @@ def _apply_override(values: dict[str, Any], pair: str, where: dict[str, str]) ->
         target = target.setdefault(parent, {})
     target[leaf] = node
     where[dotted] = place
+
+
+def _type_of(dotted: str) -> str | None:
+    """The annotation of a dotted key; None where there is no such key."""
+    kind: Any = Config
+    for part in dotted.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return None
+        kind = get_type_hints(kind).get(part)
+    return getattr(kind, "__name__", None)
 
 
 def _validate(values: dict[str, Any], where: Mapping[str, str], source: str) -> Config:

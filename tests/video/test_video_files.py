@@ -230,6 +230,7 @@ def test_frames_writes_images(
         (["--at", "9-3", "--out", "x.npz"], "got '9-3'"),
         (["--at", "3"], "--at and --out go together"),
         (["--at", "3", "--out", "missing/x.npz"], "cannot be written"),
+        (["--at", "3", "--out", "frame.png"], "frame.png would be a folder; name one, or FILE.npz"),
     ],
 )
 def test_frames_says_what_is_wrong(

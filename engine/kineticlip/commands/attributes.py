@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="extract|train|fuse", required=True)
     extract = actions.add_parser("extract", help="take the top classes of an evaluation")
     extract.add_argument("results", metavar="DIR", help="results of a zero-shot evaluation")
-    extract.add_argument("--output", required=True, metavar="FILE", help="attributes as JSON")
+    extract.add_argument("--out", required=True, metavar="FILE", help="attributes as JSON")
     train = actions.add_parser("train", help="train a head on the attributes of data.train_list")
-    train.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file")
+    train.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     fuse = actions.add_parser("fuse", help="score attributes, and add them to a video branch")
     fuse.add_argument("results", metavar="DIR", help="the video branch, evaluated with --scores")
     fuse.add_argument("--head", required=True, metavar="FILE", help="what `train` wrote")
@@ -42,8 +42,8 @@ def _extract(args: argparse.Namespace) -> int:
 
     rows = read_results(args.results).rows
     found = {row.video: row.top5_names for row in rows if row.status == "ok"}
-    write_attributes(found, args.output)
-    print(f"{args.output}: attributes of {len(found)} of {len(rows)} videos")
+    write_attributes(found, args.out)
+    print(f"{args.out}: attributes of {len(found)} of {len(rows)} videos")
     return 0
 
 
@@ -56,8 +56,8 @@ def _train(args: argparse.Namespace) -> int:
     from kineticlip.metrics import topk_accuracy
     from kineticlip.predictor import pick_device
 
-    if not args.output.endswith(".safetensors"):
-        raise UserError(f"--output: expected a .safetensors file, got {args.output}")
+    if not args.out.endswith(".safetensors"):
+        raise UserError(f"--out: expected a .safetensors file, got {args.out}")
     config, device = configured(args), pick_device()
     names = read_labels(config.data.labels)
     entries = training_list(config, len(names)).entries
@@ -66,10 +66,10 @@ def _train(args: argparse.Namespace) -> int:
     videos = encode_attributes(config, listing, attributes, args.attributes, device)
     classes = encode_names(config, names, device=device)
     head = fit(config, videos, classes)
-    write_atomic(Path(args.output), save(head.state_dict()))
+    write_atomic(Path(args.out), save(head.state_dict()))
     scores = score(head, videos.sentences, classes)
     top1 = topk_accuracy(scores.numpy(), videos.labels.numpy())
-    print(f"{args.output}: trained on {len(listing)} videos, top-1 on them {top1:.2f} %")
+    print(f"{args.out}: trained on {len(listing)} videos, top-1 on them {top1:.2f} %")
     return 0
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="build|show", required=True)
     build = actions.add_parser("build", help="write a classifier file", allow_abbrev=False)
     build.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    build.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file")
+    build.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     add_config_options(build)
     add_model_options(build)
     sentence = build.add_argument_group("sentence: rows of a language model on this machine")
@@ -60,16 +60,16 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "show":
         built = load_classifier(args.file)
     else:
-        if not args.output.endswith(".safetensors"):
-            raise UserError(f"--output: expected a .safetensors file, got {args.output}")
+        if not args.out.endswith(".safetensors"):
+            raise UserError(f"--out: expected a .safetensors file, got {args.out}")
         built = _build(args)
-        save_classifier(built, args.output)
+        save_classifier(built, args.out)
     classes, embed = built.matrix.shape
     if args.json:
         names = list(built.names)
         print(json.dumps({"names": names, "embed": embed, "provenance": built.provenance}))
         return 0
-    print(f"{args.file if args.action == 'show' else args.output}: {classes} classes x {embed}")
+    print(f"{args.file if args.action == 'show' else args.out}: {classes} classes x {embed}")
     for key, value in built.provenance.items():
         print(f"  {key}: {value}")
     return 0

@@ -26,7 +26,7 @@ SPLITS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="demo-output", metavar="DIR", help="where to work")
+    parser.add_argument("--out", default="demo-output", metavar="DIR", help="where to work")
     parser.add_argument(
         "--clips", type=int, default=50, metavar="N", help="training clips per class (50)"
     )
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from kineticlip.demo import render, write_start_weights
 
-    root = Path(args.output)
+    root = Path(args.out)
     root.mkdir(parents=True, exist_ok=True)
     _say("Rendering H.264 clips of coloured balls in motion; class names are sentences.")
     data = render(root, train_per_class=args.clips, test_per_class=8)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kineticlip.video import VideoSource
 
 PORTION_BYTES = 1 << 28  # decoded frames held at a time
+FILE_SUFFIXES = (".npy", ".png", ".jpg", ".jpeg", ".gif", ".mp4", ".txt", ".json")  # no folder's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +119,8 @@ def _write_folder(source: VideoSource, numbers: list[int], path: Path) -> None:
 
     if path.exists():
         raise UserError(f"--out: {path} exists already; name a new folder")
+    if path.suffix.lower() in FILE_SUFFIXES:
+        raise UserError(f"--out: {path} would be a folder; name one, or FILE.npz")
     with _beside(path) as part:
         part.mkdir()
         for some, frames in _portions(source, numbers):
