@@ -134,7 +134,10 @@ def pulled(tmp_path: Path, *changes: str) -> torch.nn.Module:
         save_file(state, tmp_path / f"{name}.safetensors", {"format": "kineticlip"})
     files = (f"model.weights={tmp_path}/tuned.safetensors", "classifier.source=random_normal",
              f"openvclip.clip_weights={tmp_path}/clip.safetensors")  # fmt: skip
-    return built("openvclip", *files, "openvclip.pull=0.5", *changes)
+    settings = config("openvclip", *files, "openvclip.pull=0.5", *changes)
+    model = METHODS["openvclip"].build(settings, NAMES).eval()
+    assert METHODS["openvclip"].prepare(model, settings) == {}
+    return model
 
 
 @pytest.mark.parametrize("lean", [False, True])

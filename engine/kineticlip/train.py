@@ -132,8 +132,8 @@ def train(
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     frozen = _frozen_copies(model) if _shares_out(config) and ranks.is_first else {}
-    cast = method.cast_frozen(model, config)
-    frozen |= cast if ranks.is_first else {}
+    originals = method.prepare(model, config)
+    frozen |= originals if ranks.is_first else {}
     linear = nn.functional.linear
     engine = start_engine(config, model, optimizer, ranks=ranks, device=device)
     _seed(config.seed + ranks.rank)

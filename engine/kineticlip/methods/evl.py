@@ -279,6 +279,6 @@ EVL_METHOD = Method(
     loss=loss,
     score=score,
     param_groups=param_groups,
-    cast_frozen=cast_trunk,
+    prepare=cast_trunk,
     pipeline="evl",
 )

@@ -26,8 +26,8 @@ class Method:
     the official code does; the trunk sees at most `chunk` images at a time.
     param_groups(model, config) gives optimiser groups with their own `lr`; frozen parameters
     are in none.
-    cast_frozen(model, config) casts what training holds in another precision than
-    train.precision, before the engine takes the model over, and gives the originals by name.
+    prepare(model, config) makes what training alone needs, before the engine takes the model
+    over; it gives the originals, by name, of frozen parameters that it rounded.
     pipeline names the sampling and pixel rules of the official code (data.pipeline auto).
     """
 
@@ -35,5 +35,5 @@ class Method:
     loss: Callable[[Callable[..., Any], Batch], tuple[Tensor, Metrics]]
     score: Callable[[nn.Module, Sequence[VideoViews], int], Tensor]
     param_groups: Callable[[nn.Module, Config], list[dict[str, Any]]]
-    cast_frozen: Callable[[nn.Module, Config], dict[str, Tensor]] = lambda model, config: {}
+    prepare: Callable[[nn.Module, Config], dict[str, Tensor]] = lambda model, config: {}
     pipeline: Literal["text4vis", "evl", "bike"] = "text4vis"

@@ -175,10 +175,9 @@ def open_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
     if isinstance(weights.model.vision, ResNetShape):
         raise UserError(f"model.arch: {weights.model.name} is a ResNet; Open-VCLIP needs a ViT")
     visual = build_visual(config, weights)
-    share, pull = config.openvclip.clip_share, config.openvclip.pull
-    clip = _own_clip(config) if share or pull else {}
+    share = config.openvclip.clip_share
     if share:
-        towers = {n.removeprefix("visual."): t for n, t in clip.items()}
+        towers = {n.removeprefix("visual."): t for n, t in _own_clip(config).items()}
         visual.load_state_dict(interpolate_weights(visual.state_dict(), towers, share))
         log.info("openvclip: %g of CLIP's own weights", share)
     rows = build_classifier(config, class_names, weights=weights).matrix
@@ -188,8 +187,6 @@ def open_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
     elif "logit_scale" in weights.tensors:
         with torch.no_grad():
             model.logit_scale.copy_(weights.tensors["logit_scale"])
-    if pull:
-        model.pull = _pull(model, clip, config)
     return model
 
 
@@ -202,7 +199,15 @@ def _own_clip(config: Config) -> dict[str, Tensor]:
     return {n: t for n, t in clip.clip.items() if n.startswith("visual.") or n == "logit_scale"}
 
 
-def _pull(model: OpenVCLIP, clip: Mapping[str, Tensor], config: Config) -> Pull:
+def prepare(model: nn.Module, config: Config) -> dict[str, Tensor]:
+    """Gives the model what openvclip.pull draws it to in training."""
+    assert isinstance(model, OpenVCLIP)
+    if config.openvclip.pull:
+        model.pull = _pull(model, config)
+    return {}
+
+
+def _pull(model: OpenVCLIP, config: Config) -> Pull:
     low, high = config.openvclip.pull_shares
     if config.openvclip.pull < 0 or not 0 <= low <= high < 1:
         raise UserError(
@@ -214,6 +219,7 @@ def _pull(model: OpenVCLIP, clip: Mapping[str, Tensor], config: Config) -> Pull:
             "openvclip.pull: without train.activation_checkpointing, and at train.zero_stage 0 to "
             "2; a second set of weights goes through the tower"
         )
+    clip = _own_clip(config)
     interpolate_weights(model.state_dict(), clip, high)  # UserError where the shapes differ
     return Pull(clip, ratio=config.openvclip.pull, shares=(low, high))
 
@@ -240,4 +246,4 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-OPENVCLIP = Method(build=build, loss=loss, score=score, param_groups=param_groups)
+OPENVCLIP = Method(build=build, loss=loss, score=score, param_groups=param_groups, prepare=prepare)
