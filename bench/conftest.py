@@ -2,12 +2,13 @@
 
     python -m pytest bench --benchmark-only [--results bench/results] [--allow-dirty] [-m short]
 
-Cases marked short run first: they answer the questions that order the rest. Tests that run in the
-same session (bench/gpu.sh gives tests/kernels too) are counted in the result file.
+Cases marked short run first: they answer the questions that order the rest. bench/gpu.sh runs
+several such processes, which leave their rows in one folder (--parts) for one result file.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,66 +18,35 @@ import torch
 
 import kernel_bench
 import kernel_results
+import run_parts
 from kernel_bench import Case
 from kineticlip.measure import software_record
-from kineticlip_kernels import tuning
-from kineticlip_kernels.dispatch import dtype_name
 
 rows: list[dict[str, Any]] = []
 
 
-class Outcomes:
-    """What became of the session's tests, of other folders too: a conftest's hooks see its own."""
-
-    def __init__(self) -> None:
-        self.nodes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome == "failed":
-            self.nodes[report.outcome].append(report.nodeid)
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.nodes["failed"].append(report.nodeid)
-
-    def correctness(self) -> dict[str, Any]:
-        """Counts of the tests that are no benchmarks, and the names of those that failed."""
-        tests = {
-            outcome: [node for node in nodes if not node.startswith("bench/")]
-            for outcome, nodes in self.nodes.items()
-        }
-        return {
-            "passed": len(tests["passed"]),
-            "skipped": len(tests["skipped"]),
-            "failed": tests["failed"],
-        }
-
-
-outcomes = Outcomes()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.is_registered(run_parts):
+        pluginmanager.register(run_parts, "run_parts")
     group = parser.getgroup("kernel benchmarks")
     group.addoption("--results", type=Path, help="folder for the result file")
     group.addoption("--allow-dirty", action="store_true", help="also from a changed checkout")
+    group.addoption("--warm", action="store_true", help="only compile: run cases once, untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "short: one of the few cases that are measured first")
-    config.pluginmanager.register(outcomes, "outcomes")
     if config.getoption("--results", None) and not config.getoption("--allow-dirty"):
         if software_record()["dirty"]:
             raise pytest.UsageError(
                 "--results: the checkout differs from its commit; commit, or --allow-dirty"
             )
+    if config.getoption("--parts") is not None:
+        kernel_bench.share_limits(config.getoption("--parts") / kernel_results.LIMITS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def order(item: pytest.Item) -> int:
-        benchmark = "benchmark" in getattr(item, "fixturenames", ())
-        return (2 if item.get_closest_marker("short") is None else 1) if benchmark else 0
-
-    items.sort(key=order)
+    items.sort(key=lambda item: item.get_closest_marker("short") is None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -90,10 +60,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[[Case], dict[str, Any]]:
+def measure(benchmark: Any, pytestconfig: pytest.Config) -> Callable[[Case], dict[str, Any]]:
     """Times a case, notes its row, and returns it."""
 
     def run(case: Case) -> dict[str, Any]:
+        if pytestconfig.getoption("--warm"):
+            benchmark.pedantic(lambda: kernel_bench.warm(case), rounds=1)
+            return {"p50_ms": benchmark.stats.stats.median}
         prepared = kernel_bench.prepare(case)
         # A round is many calls on a GPU, one on a CPU. The first one warms up: 20 ms at least.
         benchmark.pedantic(prepared.calls, rounds=7, warmup_rounds=2)
@@ -101,6 +74,10 @@ def measure(benchmark: Any) -> Callable[[Case], dict[str, Any]]:
         row = kernel_bench.row(case, prepared, [1000 * s / prepared.count for s in seconds])
         benchmark.extra_info.update(row)
         rows.append(row)
+        parts = pytestconfig.getoption("--parts")
+        if parts is not None:
+            run_parts.append(parts / kernel_results.ROWS, row)
+            kernel_bench.keep_limits(parts / kernel_results.LIMITS)
         return row
 
     return run
@@ -117,25 +94,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     folder = session.config.getoption("--results")
     if folder is None or not rows:
         return
-    blocks = {"table": "none", "status": "no kernels run on a CPU"}
-    if kernel_bench.GPU:
-        table = tuning.table_name(kernel_bench.DEVICE)
-        blocks = {"table": table, "status": tuning.status(table)}
-    content = kernel_results.document(
-        rows,
-        limits={
-            "copy_gb_per_s": kernel_bench.copy_limit() / 1e9,
-            "matmul_tflop_per_s": {
-                dtype_name(dtype): kernel_bench.matmul_limit(dtype) / 1e12
-                for dtype in kernel_bench.DTYPES
-            },
-        },
-        correctness=outcomes.correctness(),
-        config={"blocks": blocks},
-        complete=int(exitstatus) in (0, 1),
-    )
-    path = kernel_results.write(folder, content)
-    print(f"\n{path}")
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = Path(scratch)
+        kernel_bench.keep_limits(parts / kernel_results.LIMITS)
+        for row in rows:
+            run_parts.append(parts / kernel_results.ROWS, row)
+        content = kernel_results.gather(parts, complete=int(exitstatus) == 0)
+    print(f"\n{kernel_results.write(folder, content)}")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -151,3 +116,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"{row['gb_per_s']:>7.0f} GB/s {row['tflop_per_s']:>7.1f} TFLOP/s "
             f"{row['percent_of_limit']:>4.0f} %"
         )
+    for rival, reason in kernel_bench.absent().items():
+        terminalreporter.write_line(f"no rows of {rival}: {reason}")

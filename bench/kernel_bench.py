@@ -8,10 +8,13 @@ shapes.
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +52,7 @@ class Shape:
 
 SHAPES = (
     (
-        Shape("ViT-L/14-336 x 32", 32, 577, 1024, 16),
+        Shape("ViT-L/14-336 x 64", 64, 577, 1024, 16),  # two views of 32 frames
         Shape("ViT-L/14 x 32", 32, 257, 1024, 16),
         Shape("ViT-B/16 x 96", 96, 197, 768, 12),
     )
@@ -127,6 +130,34 @@ def rivals(
     return {"reference": plain, "torch.compile": plain, **kernels}
 
 
+# What other libraries offer, by the package that has it.
+LIBRARIES = {
+    "liger": "liger_kernel",
+    "xformers": "xformers",
+    "flash-attention 4": "flash_attn.cute",
+}
+
+
+def installed(rival: str) -> bool:
+    """Whether a rival's package is here; imports nothing but its parents."""
+    package = LIBRARIES[rival]
+    parent = package.partition(".")[0]
+    return importlib.util.find_spec(parent) is not None and (
+        importlib.util.find_spec(package) is not None
+    )
+
+
+def absent() -> dict[str, str]:
+    """The rivals that no row is about, and why; written into the result file."""
+    if not GPU:
+        return {name: "runs on GPUs only; this is a CPU" for name in LIBRARIES}
+    return {
+        name: f"{package} is not installed"
+        for name, package in LIBRARIES.items()
+        if not installed(name)
+    }
+
+
 @dataclass(frozen=True)
 class Prepared:
     """calls() makes `count` calls of a case and waits for them; peak: see `peak_bytes`."""
@@ -136,10 +167,16 @@ class Prepared:
     peak: int | None
 
 
-def prepare(case: Case) -> Prepared:
-    """Runs a case until nothing is left to compile, and captures it where there is a GPU."""
+def warm(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What is timed and its inputs, run once: compiled, and its results finite."""
     run, first = timed(case), case.make()
     assert finite(run(*first)), f"{case}: results that are not finite"
+    return run, first
+
+
+def prepare(case: Case) -> Prepared:
+    """Runs a case until nothing is left to compile, and captures it where there is a GPU."""
+    run, first = warm(case)
     if not GPU:
         return Prepared(lambda: run(*first), 1, None)
     peak = peak_bytes(run, first)
@@ -199,17 +236,43 @@ def peak_bytes(run: Callable[..., Any], inputs: Sequence[Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-@functools.cache
+_limits: dict[str, float] = {}  # of this machine, measured once a run
+
+
 def copy_limit() -> float:
     """Bytes a second, read and written, of a copy far larger than the caches."""
+    return _limit("copy", _measure_copy)
+
+
+def matmul_limit(dtype: torch.dtype) -> float:
+    """Operations a second of PyTorch's own square matrix product; e4m3 by torch._scaled_mm."""
+    return _limit(dtype_name(dtype), partial(_measure_matmul, dtype))
+
+
+def share_limits(path: Path) -> None:
+    """Takes the limits that another process of the same run has measured."""
+    if path.exists():
+        _limits.update(json.loads(path.read_text()))
+
+
+def keep_limits(path: Path) -> None:
+    """Leaves the limits for the processes that follow, and for the result file."""
+    path.write_text(json.dumps(_limits))
+
+
+def _limit(name: str, measure: Callable[[], float]) -> float:
+    if name not in _limits:
+        _limits[name] = measure()
+    return _limits[name]
+
+
+def _measure_copy() -> float:
     source = torch.empty(COPY_BYTES // 4, dtype=torch.float32, device=DEVICE).normal_()
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / best_seconds(lambda: target.copy_(source))
 
 
-@functools.cache
-def matmul_limit(dtype: torch.dtype) -> float:
-    """Operations a second of PyTorch's own square matrix product; e4m3 by torch._scaled_mm."""
+def _measure_matmul(dtype: torch.dtype) -> float:
     side = MATMUL_SIDE
     a, b = (torch.randn(side, side, device=DEVICE) for _ in range(2))
     if dtype == torch.float8_e4m3fn:

@@ -1,15 +1,22 @@
-"""The result file of the kernel benchmarks: one JSON document, its writer and its validator."""
+"""The result file of the kernel benchmarks: one JSON document, its writer and its validator.
+
+    python bench/kernel_results.py PARTS FOLDER
+
+makes it of what several processes have left in PARTS, and writes it into FOLDER.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+ROWS, TESTS, LIMITS, STEPS = "rows.jsonl", "tests.jsonl", "limits.json", "steps.jsonl"
 TOP = {
     "schema": int,
     "kind": str,
@@ -67,6 +74,38 @@ def document(
     }
 
 
+def gather(parts: Path, *, complete: bool = True) -> dict[str, Any]:
+    """A result file's content from a folder of parts: rows, limits, outcomes of tests, steps."""
+    import kernel_bench
+    from kineticlip_kernels import tuning
+    from run_parts import lines
+
+    blocks = {"table": "none", "status": "no kernels run on a CPU"}
+    if kernel_bench.GPU:
+        table = tuning.table_name(kernel_bench.DEVICE)
+        blocks = {"table": table, "status": tuning.status(table)}
+    limits = dict(json.loads((parts / LIMITS).read_text())) if (parts / LIMITS).exists() else {}
+    copy = {"copy_gb_per_s": limits.pop("copy") / 1e9} if "copy" in limits else {}
+    products = {name: limit / 1e12 for name, limit in limits.items()}
+    steps = lines(parts / STEPS)
+    tests = {record["node"]: record["outcome"] for record in lines(parts / TESTS)}
+    outcomes = {
+        outcome: [node for node, found in tests.items() if found == outcome]
+        for outcome in ("passed", "skipped", "failed")
+    }
+    return document(
+        lines(parts / ROWS),
+        limits={**copy, "matmul_tflop_per_s": products},
+        correctness={
+            "passed": sum(not node.startswith("bench/") for node in outcomes["passed"]),
+            "skipped": len(outcomes["skipped"]),
+            "failed": outcomes["failed"],
+        },
+        config={"blocks": blocks, "absent": kernel_bench.absent(), "steps": steps},
+        complete=complete and all(step["status"] == 0 for step in steps),
+    )
+
+
 def result_path(folder: Path, content: dict[str, Any]) -> Path:
     """<folder>/<device>-torch<version>/<date>-<commit>.json"""
     gpus = content["machine"]["gpus"]
@@ -121,3 +160,20 @@ def _check(content: dict[str, Any], fields: dict[str, Any], where: str) -> list[
         elif isinstance(value, float) and not (math.isfinite(value) and value >= 0):
             problems.append(f"{where}: {name} is {value}")
     return problems
+
+
+def main(parts: str, folder: str) -> int:
+    content = gather(Path(parts))
+    if not content["rows"]:
+        print("no case was measured, so there is no result file", file=sys.stderr)
+        return 1
+    counts = content["correctness"]
+    print(
+        f"{write(Path(folder), content)}: {len(content['rows'])} rows, {counts['passed']} tests "
+        f"passed, {len(counts['failed'])} failed, complete: {content['complete']}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,9 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
-from kernel_bench import GPU, SHAPES, Case, Shape, randn, rivals, spread
+from kernel_bench import GPU, SHAPES, Case, Shape, installed, randn, rivals, spread
 from kineticlip_kernels import attention as ops
 from kineticlip_kernels import cost
 
@@ -21,13 +25,22 @@ BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-KERNELS = ["triton"] + ["xformers"] * (importlib.util.find_spec("xformers") is not None)
+KERNELS = ["triton"] + ["xformers"] * installed("xformers")
 SOURCES = ((1, 8), (4, 32))  # rows and tokens: prompts of all images, and of a quarter of them
 
 
 def by_backend(qkv: Tensor, *flat: Tensor, backend: SDPBackend) -> Tensor:
     with sdpa_kernel(backend):
         return ops.attention_sdpa(qkv, sources=pairs(flat))
+
+
+def by_flash_four(qkv: Tensor, *flat: Tensor) -> Tensor:
+    """FlashAttention 4 in the place of PyTorch's own FlashAttention 2."""
+    activate_flash_attention_impl("FA4")
+    try:
+        return by_backend(qkv, *flat, backend=SDPBackend.FLASH_ATTENTION)
+    finally:
+        restore_flash_attention_impl()
 
 
 def by_face(qkv: Tensor, *flat: Tensor, impl: Any) -> Tensor:
@@ -47,6 +60,7 @@ def attention(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     if GPU:
         faces |= {name: partial(by_backend, backend=b) for name, b in BACKENDS.items()}
         faces |= {name: partial(by_face, impl=name) for name in KERNELS}
+        faces |= {"sdpa flash 4": by_flash_four} if installed("flash-attention 4") else {}
     else:
         faces |= {"reference": partial(by_face, impl="reference"), "chunked": chunked}
     for sources in ((), SOURCES):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernel_bench import DEVICE, GPU, Case, Shape, randn, spread
+from kernel_bench import DEVICE, GPU, SHAPES, Case, Shape, randn, spread
 from kineticlip.transformer import Block
 from kineticlip_kernels import cost
 
@@ -72,7 +72,8 @@ def blocks(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     forward += cost.add_layer_norm(shape.rows, width, dtype.itemsize)
     both = cost.Cost(3 * forward.flops, 3 * forward.bytes)
     for impl, make_block in makers.items():
-        common = {"op": "block", "impl": impl, "dtype": dtype, "shape": shape, "short": True}
+        short = shape == SHAPES[0] and dtype == torch.bfloat16
+        common = {"op": "block", "impl": impl, "dtype": dtype, "shape": shape, "short": short}
         yield Case(
             **common,
             cost=forward,

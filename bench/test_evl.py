@@ -195,9 +195,29 @@ def sums(clip: Clip, dtype: torch.dtype) -> Iterator[Case]:
         yield Case("displacement", impl, dtype, clip.shape, cost, make, run, "forward+backward")
 
 
+def queries(clip: Clip, dtype: torch.dtype) -> Iterator[Case]:
+    """The absorbed queries of all heads over the tokens of a clip, every term added to them."""
+
+    def attend(query: Tensor, tokens: Tensor, *terms: Tensor, impl: evl.EvlImpl) -> Tensor:
+        names = ("conv_weight", "conv_bias", "position", "motion")
+        return evl.attend_tokens(query, tokens, **dict(zip(names, terms, strict=True)), impl=impl)
+
+    def make() -> tuple[Tensor, ...]:
+        images, width = (clip.clips, clip.frames), clip.width
+        sizes = [(clip.clips, clip.heads, width), (*images, clip.tokens, width), (width, 1, 3)]
+        sizes += [(width,), (clip.frames, width), (*images, clip.tokens - 1, width)]
+        return tuple(randn(*size, dtype=dtype, scale=0.1) for size in sizes)
+
+    size = (clip.clips, clip.frames, clip.tokens, clip.width, clip.heads, dtype.itemsize)
+    cost = cost_methods.attend_tokens(*size)
+    for impl in FACES:
+        run = partial(attend, impl=impl)
+        yield Case("attend_tokens", impl, dtype, clip.shape, cost, make, run)
+
+
 CASES = [
     case
-    for clip, dtype, family in itertools.product(SIZES, DTYPES, (layers, maps, sums))
+    for clip, dtype, family in itertools.product(SIZES, DTYPES, (layers, maps, sums, queries))
     for case in family(clip, dtype)
 ]
 

@@ -36,6 +36,11 @@ def producers(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
             lambda: (randn(*stream, dtype=dtype),),
             cost.quantize_rows(rows, width, size),
         ),
+        "layer_norm_fp8": (
+            fp8.layer_norm_fp8,
+            lambda: (randn(*stream, dtype=dtype), parameters(width), parameters(width)),
+            cost.quantize_rows(rows, width, size),
+        ),
         "add_layer_norm_fp8": (
             fp8.add_layer_norm_fp8,
             normed,
@@ -46,10 +51,21 @@ def producers(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
             activated,
             cost.quantize_rows(rows, hidden, size),
         ),
+        "attention_fp8": (
+            fp8.attention_fp8,
+            lambda: (randn(*stream[:2], 3, shape.heads, shape.head_width, dtype=dtype),),
+            eight_bit_attention(shape, size),
+        ),
     }
     for (name, (op, make, count)), impl in ((item, i) for item in ops.items() for i in IMPLS):
         run = partial(op, impl=impl)
         yield Case(op=name, impl=impl, dtype=dtype, shape=shape, cost=count, make=make, run=run)
+
+
+def eight_bit_attention(shape: Shape, itemsize: int) -> cost.Cost:
+    """The values are read once more, for the scale; one byte an element is written."""
+    plain = cost.attention(shape.images, shape.tokens, shape.heads, shape.head_width, itemsize)
+    return plain + cost.Cost(0, shape.rows * shape.width)
 
 
 def tensorwise(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:

@@ -78,12 +78,27 @@ def top_classes(rows: int, classes: int, dtype: torch.dtype) -> Iterator[Case]:
         yield Case("top_classes", impl, dtype, shape, cost, make, face)
 
 
+def mean_softmax(rows: int, classes: int, dtype: torch.dtype) -> Iterator[Case]:
+    """12 views of each video."""
+    shape = Shape(f"{rows} videos x 12 views x {classes} classes", rows, 12, classes, 1)
+    cost = cost_methods.mean_softmax(rows, 12, classes, dtype.itemsize)
+    faces = rivals(head.mean_softmax_reference, triton=partial(head.mean_softmax, impl="triton"))
+
+    def make() -> tuple[Tensor]:
+        return (randn(rows, 12, classes, dtype=dtype, scale=5.0),)
+
+    for impl, face in faces.items():
+        yield Case("mean_softmax", impl, dtype, shape, cost, make, face)
+
+
 def cases() -> Iterator[Case]:
     for rows, dtype in itertools.product(sorted({rows for rows, _ in SIZES}), DTYPES):
         yield from mean_normalize(rows, dtype)
     for (rows, classes), dtype in itertools.product(SIZES, DTYPES):
         yield from cross_entropy(rows, classes, dtype)
         yield from top_classes(rows, classes, dtype)
+        if classes <= head.MAX_CLASSES:
+            yield from mean_softmax(rows, classes, dtype)
 
 
 CASES = [case for case in cases() if case.impl != "torch.compile" or case.dtype == torch.bfloat16]

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from kernel_bench import GPU, Case, Shape, randn, rivals, spread
+from kernel_bench import GPU, Case, Shape, installed, randn, rivals, spread
 from kineticlip_kernels import cost, norm
-
-HAS_LIGER = GPU and importlib.util.find_spec("liger_kernel") is not None
 
 
 def layer_norm(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     faces = rivals(norm.layer_norm_reference, triton=partial(norm.layer_norm, impl="triton"))
-    if HAS_LIGER:
+    if GPU and installed("liger"):
         faces["liger"] = importlib.import_module(
             "liger_kernel.transformers.functional"
         ).liger_layer_norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import torch
 
 from kineticlip.cli import main
 from kineticlip_kernels import tune, tuning
+from kineticlip_kernels.examples import examples
 from kineticlip_kernels.tune import Target, TooLarge
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-from kernel_results import result_path, validate  # noqa: E402
+import run_parts  # noqa: E402
+from kernel_results import LIMITS, ROWS, STEPS, TESTS, gather, result_path, validate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,38 @@ def test_results_are_named_after_device_torch_date_and_commit(measured: dict[str
     assert result_path(Path("r"), content) == Path("r/h200-torch2.11.0/20261101-3f2c1ab.json")
 
 
+def test_every_op_has_a_benchmark() -> None:
+    ops = set()
+    for path in (ROOT / "bench").glob("test_*.py"):
+        spec = importlib.util.spec_from_file_location(f"bench_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look themselves up there
+        spec.loader.exec_module(module)
+        ops |= {case.op.removesuffix(" qkv") for case in module.CASES}
+    assert examples(torch.device("cpu"), torch.float32).keys() <= ops
+
+
+def test_a_run_in_parts_loses_nothing_but_what_failed(
+    measured: dict[str, Any], tmp_path: Path
+) -> None:
+    for row in measured["rows"]:
+        run_parts.append(tmp_path / ROWS, row)
+    (tmp_path / LIMITS).write_text(json.dumps({"copy": 5e10, "bf16": 1e12}))
+    for node, outcome in [("tests/kernels/a.py::b", "passed"), ("bench/c.py::d", "failed")]:
+        run_parts.append(tmp_path / TESTS, {"node": node, "outcome": outcome})
+    step = {"name": "short table", "seconds": 9, "status": 0}
+    run_parts.append(tmp_path / STEPS, step)
+    content = gather(tmp_path)
+    assert validate(content) == [] and content["rows"] == measured["rows"]
+    assert content["limits"] == {"copy_gb_per_s": 50.0, "matmul_tflop_per_s": {"bf16": 1.0}}
+    assert content["correctness"] == {"passed": 1, "skipped": 0, "failed": ["bench/c.py::d"]}
+    assert content["complete"] is True and content["config"]["steps"] == [step]
+    assert "liger" in content["config"]["absent"] or measured["machine"]["gpus"]
+    run_parts.append(tmp_path / STEPS, step | {"status": 124})
+    assert gather(tmp_path)["complete"] is False
+
+
 def test_gpu_script_refuses_a_machine_without_one() -> None:
     done = subprocess.run(
         ["bash", str(ROOT / "bench/gpu.sh")],
@@ -127,7 +162,7 @@ def test_gpu_script_refuses_a_machine_without_one() -> None:
         env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 2
-    assert "no GPU here" in done.stderr
+    assert "no GPU here; ON_CPU=1" in done.stderr
 
 
 def test_tuning_takes_the_fastest_row_that_runs() -> None:
