@@ -15,8 +15,9 @@ from torch import Tensor
 from kineticlip_kernels import launch
 from kineticlip_kernels.attention_triton import launch_forward as launch_attention
 from kineticlip_kernels.fp8 import FP8
+from kineticlip_kernels.gemm_triton import multiply, tile_of
 from kineticlip_kernels.launch import Operator, ceil_div, power_of_two
-from kineticlip_kernels.mlp_triton import gate, swizzle
+from kineticlip_kernels.mlp_triton import gate
 from kineticlip_kernels.norm_triton import E4M3_MAX
 from kineticlip_kernels.norm_triton import launch_forward as launch_norm
 from kineticlip_kernels.tuning import blocks
@@ -61,22 +62,8 @@ def _linear(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    m, n = swizzle(tl.program_id(0), rows, F, BLOCK_M, BLOCK_N, GROUP_M)
-    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # Rows and columns behind the end read real ones again: no mask in the loop, and no store.
-    x_ptr += (row % rows).to(tl.int64)[:, None] * D + k[None, :]
-    weight_ptr += (column % F).to(tl.int64)[None, :] * D + k[:, None]
-    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
-            x = tl.load(x_ptr + start)
-            weight = tl.load(weight_ptr + start)
-        else:
-            x = tl.load(x_ptr + start, mask=k[None, :] < D - start, other=0.0)
-            weight = tl.load(weight_ptr + start, mask=k[:, None] < D - start, other=0.0)
-        total = tl.dot(x, weight, total)
+    row, column = tile_of(tl.program_id(0), rows, F, BLOCK_M, BLOCK_N, GROUP_M)
+    total = multiply(x_ptr, weight_ptr, row, column, D, rows, F, D, BLOCK_K)
     x_scale = tl.load(x_scale_ptr + row, mask=row < rows, other=0.0)
     weight_scale = tl.load(weight_scale_ptr + column, mask=column < F, other=0.0)
     y = total * x_scale[:, None] * weight_scale[None, :]

@@ -1,6 +1,11 @@
 """CLIP's QuickGELU, x * sigmoid(1.702 x), fused with the bias or the whole linear layer before it.
 
-Shape letters: D width in, F width out.
+Not fused: its derivative with the product that makes its gradient in the layer behind. It would
+save one write and one read of [R, F] a layer, 9.5 MB a frame of ViT-L/14-336 and about 2.7 % of
+a training step, but needs one autograd node over two linear layers, and ZeRO-3 gathers the
+parameters of one layer at a time.
+
+Shape letters: R rows, D width in, F width out.
 """
 
 from __future__ import annotations

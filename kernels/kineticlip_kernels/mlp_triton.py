@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kineticlip_kernels import launch
 from kineticlip_kernels.dispatch import interpreting
+from kineticlip_kernels.gemm_triton import multiply, tile_of
 from kineticlip_kernels.launch import FusedOp, ceil_div
 from kineticlip_kernels.recompute import remember
 from kineticlip_kernels.tuning import blocks
@@ -116,22 +117,8 @@ def _linear(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    m, n = swizzle(tl.program_id(0), rows, F, BLOCK_M, BLOCK_N, GROUP_M)
-    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # Rows and columns behind the end read real ones again: no mask in the loop, and no store.
-    x_ptr += (row % rows).to(tl.int64)[:, None] * x_stride + k[None, :]
-    weight_ptr += (column % F).to(tl.int64)[None, :] * D + k[:, None]
-    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
-            x = tl.load(x_ptr + start)
-            weight = tl.load(weight_ptr + start)
-        else:
-            x = tl.load(x_ptr + start, mask=k[None, :] < D - start, other=0.0)
-            weight = tl.load(weight_ptr + start, mask=k[:, None] < D - start, other=0.0)
-        total = tl.dot(x, weight, total, input_precision="ieee")
+    row, column = tile_of(tl.program_id(0), rows, F, BLOCK_M, BLOCK_N, GROUP_M)
+    total = multiply(x_ptr, weight_ptr, row, column, x_stride, rows, F, D, BLOCK_K)
     bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
     # Rounded as the linear layer's own output: the backward finds the same h, kept or not.
     h = (total + bias[None, :]).to(y_ptr.dtype.element_ty).to(tl.float32)
@@ -141,19 +128,6 @@ def _linear(
         tl.store(hidden_ptr + out, h.to(hidden_ptr.dtype.element_ty), mask=inside)
     y = h * gate(h, y_ptr.dtype.element_ty.primitive_bitwidth == 16)
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def swizzle(
-    program, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
-):
-    """Program number -> tile (m, n): GROUP_M tiles of rows share their columns while in L2."""
-    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    group = program // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    within = program % (GROUP_M * tiles_n)
-    return first + within % height, within // height
 
 
 def bias_quick_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
