@@ -54,6 +54,7 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
         ("data:\n  num_frames: 0\n", ":2: 'data.num_frames' should be at least 1, got 0"),
         ("optim:\n  lr: -1e-3\n", ":2: 'optim.lr' should be at least 0, got -0.001"),
         ("train:\n  epochs: .nan\n", ":2: 'train.epochs' should be at least 0, got nan"),
+        ("evl:\n  mlp_drop_out: 1\n", ":2: 'evl.mlp_drop_out' should be from 0 to below 1, got"),
         ("model:\n  arch: {x: 3}\n", ":2: 'model.arch' should be a single value"),
         ("seed: 1\nname: a\nseed: 2\n", ":3: 'seed' stands in "),
         ("data:\n  flip: on\n  shots: 1\n  flip: off\n", ":4: 'data.flip' stands in "),

@@ -208,6 +208,9 @@ def test_remaining_options() -> None:
     assert values["classifier"]["text_weights"] == "random"
     assert values["text4vis"]["joint"] is True
     assert values["text4vis"]["embedding_drop_out"] == 0.1
+    deep = document(TEXT4VIS.replace("drop_out: 0.0", "drop_out: 0.2", 1))
+    assert deep.values["text4vis"]["drop_out"] == 0.2
+    assert any("text4vis.attention_drop_out" in note for note in deep.notes)
 
 
 def test_a_file_without_a_solver_is_enough_to_evaluate(tmp_path: Path) -> None:

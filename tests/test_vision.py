@@ -278,6 +278,7 @@ def test_checkpointing_changes_no_gradient() -> None:
 def test_stochastic_depth_drops_whole_rows() -> None:
     tower = seeded(drop_out=0.5)
     assert [block.drop_out for block in tower.blocks] == [0.0, 0.25, 0.5]
+    assert not any(block.attn.drop_out for block in tower.blocks)  # a rate of its own
     assert torch.equal(tower(images()), seeded()(images()))  # nothing is dropped in evaluation
     torch.manual_seed(0)
     update = torch.randn(400, 17, 32)
@@ -289,7 +290,9 @@ def test_stochastic_depth_drops_whole_rows() -> None:
 
 
 def test_attention_dropout_reaches_the_sources() -> None:
-    tower = seeded(drop_out=0.5).train()
+    tower = seeded(attention_drop_out=0.5).train()
+    assert [block.attn.drop_out for block in tower.blocks] == [0.0, 0.25, 0.5]
+    assert not any(block.drop_out for block in tower.blocks)
     qkv = torch.randn(4, 17, 3, 2, 16, dtype=torch.float64)
     attention = tower.blocks[2].attn
     pairs = [(qkv[::2, :5, 1], qkv[::2, :5, 2])]

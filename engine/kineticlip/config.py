@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -98,7 +99,8 @@ class Text4VisConfig:
     header_layers: int = 6
     temporal_module: Literal["none", "tokenshift", "tokent1d", "tsm"] = "none"
     joint: bool = False  # joint space-time attention
-    drop_out: float = 0.0  # of the last block; rises linearly from none in the first
+    drop_out: float = 0.0  # stochastic depth of the last block; rises linearly from none
+    attention_drop_out: float = 0.0  # of attention weights, rising alike; officially tied to that
     embedding_drop_out: float = 0.0
 
 
@@ -117,6 +119,9 @@ class BikeConfig:
     """BIKE: Text4Vis's trunk and header (`text4vis` above); how frames meet the class names."""
 
     interaction: Literal["vcs", "dp"] = "vcs"  # weighted by the words' saliency; or averaged
+    # frames: without header and interaction, the softmax of each raw frame embedding, averaged;
+    # the zero-shot numbers that the official test_zeroshot prints are these
+    scores: Literal["head", "frames"] = "head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,37 +457,26 @@ def _validate(values: dict[str, Any], where: Mapping[str, str], source: str) -> 
     return config
 
 
+AT_LEAST = {
+    1: """data.num_frames data.resolution data.workers test.clips train.batch_size
+       train.micro_batch_size train.checkpoint_every train.log_every evl.layers""",
+    0: """data.min_frames data.val_min_frames data.shots data.frames_per_second optim.lr
+       optim.clip_ratio optim.weight_decay optim.warmup_epochs train.epochs train.steps
+       train.gradient_clipping train.eval_every eval.batch_frames""",
+}
+SHARES = """text4vis.drop_out text4vis.attention_drop_out text4vis.embedding_drop_out
+    evl.class_drop_out evl.mlp_drop_out"""
+
+
 def _check_ranges(config: Config, where: Mapping[str, str], source: str) -> None:
-    at_least_one = {
-        "data.num_frames": config.data.num_frames,
-        "data.resolution": config.data.resolution,
-        "data.workers": config.data.workers,
-        "test.clips": config.test.clips,
-        "train.batch_size": config.train.batch_size,
-        "train.micro_batch_size": config.train.micro_batch_size,
-        "train.checkpoint_every": config.train.checkpoint_every,
-        "train.log_every": config.train.log_every,
-        "evl.layers": config.evl.layers,
-    }
-    not_negative = {
-        "data.min_frames": config.data.min_frames,
-        "data.val_min_frames": config.data.val_min_frames,
-        "data.shots": config.data.shots,
-        "data.frames_per_second": config.data.frames_per_second,
-        "optim.lr": config.optim.lr,
-        "optim.clip_ratio": config.optim.clip_ratio,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.warmup_epochs": config.optim.warmup_epochs,
-        "train.epochs": config.train.epochs,
-        "train.steps": config.train.steps,
-        "train.gradient_clipping": config.train.gradient_clipping,
-        "train.eval_every": config.train.eval_every,
-        "eval.batch_frames": config.eval.batch_frames,
-    }
-    for least, bounded in ((1, at_least_one), (0, not_negative)):
-        for dotted, value in bounded.items():
+    for least, names in AT_LEAST.items():
+        for dotted in names.split():
+            value = attrgetter(dotted)(config)
             if not value >= least:  # nan is not either
-                raise UserError(
-                    f"{where.get(dotted, source)}: '{dotted}' should be at least {least}, "
-                    f"got {value}"
-                )
+                place = where.get(dotted, source)
+                raise UserError(f"{place}: '{dotted}' should be at least {least}, got {value}")
+    for dotted in SHARES.split():
+        value = attrgetter(dotted)(config)
+        if not 0 <= value < 1:
+            place = where.get(dotted, source)
+            raise UserError(f"{place}: '{dotted}' should be from 0 to below 1, got {value}")

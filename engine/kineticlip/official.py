@@ -165,6 +165,12 @@ def _temporal_module(reader: _Reader, key: str, value: Any) -> None:
         reader.put("text4vis.temporal_module", value, key)
 
 
+def _drop_out(reader: _Reader, key: str, value: Any) -> None:
+    reader.put("text4vis.drop_out", value, key)
+    if value:
+        reader.note(key, "drops residual branches; attention weights: text4vis.attention_drop_out")
+
+
 def _header(reader: _Reader, key: str, value: Any) -> None:
     if value != "Transf":
         raise reader.error(key, f"should be Transf or None, got {value!r}")
@@ -263,7 +269,7 @@ RULES: dict[str, Rule] = {
     "network.arch": _arch,
     "network.init": _init,
     "network.tm": _temporal_module,
-    "network.drop_out": _to("text4vis.drop_out"),
+    "network.drop_out": _drop_out,
     "network.emb_dropout": _to("text4vis.embedding_drop_out"),
     "network.sim_header": _header,
     "network.interaction": _interaction,

@@ -165,11 +165,14 @@ class Block(nn.Module):
         kernels: Impl = "auto",
         attention: AttentionImpl = "auto",
         drop_out: float = 0.0,
+        attention_drop_out: float = 0.0,
         control_point: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(width, eps=eps, kernels=kernels)
-        self.attn = Attention(width, heads, kernels=kernels, impl=attention, drop_out=drop_out)
+        self.attn = Attention(
+            width, heads, kernels=kernels, impl=attention, drop_out=attention_drop_out
+        )
         self.ln_2 = LayerNorm(width, eps=eps, kernels=kernels)
         self.mlp = Mlp(width, mlp_width, activation, kernels=kernels)
         self.drop_out = drop_out

@@ -33,8 +33,8 @@ class VisionTransformer(nn.Module):
     kernels and attention choose the faces of the ops. control_point makes the module that each
     block applies to the stream (temporal.py). joint_frames = T: tokens of all T frames of a clip
     attend to each other, one class token a clip, plus a learned `time_embedding` [T, D].
-    drop_out rises linearly over the blocks and acts on attention weights and residual branches;
-    embedding_drop_out acts on the tokens. Weights start as CLIP's do.
+    drop_out, of whole residual branches, and attention_drop_out, of attention weights, rise
+    linearly over the blocks; embedding_drop_out acts on the tokens. Weights start as CLIP's do.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class VisionTransformer(nn.Module):
         control_point: Callable[[int], nn.Module] | None = None,
         joint_frames: int = 0,
         drop_out: float = 0.0,
+        attention_drop_out: float = 0.0,
         embedding_drop_out: float = 0.0,
     ) -> None:
         super().__init__()
@@ -68,6 +69,7 @@ class VisionTransformer(nn.Module):
                     kernels=kernels,
                     attention=attention,
                     drop_out=drop_out * index / max(layers - 1, 1),
+                    attention_drop_out=attention_drop_out * index / max(layers - 1, 1),
                     control_point=control_point(width) if control_point else None,
                 )
                 for index in range(layers)

@@ -113,6 +113,7 @@ def video_model(config: Config, weights: Weights) -> VideoCLIP:
         joint_frames=frames if options.joint else 0,
         shift_frames=frames if module == "tsm" else 0,
         drop_out=options.drop_out,
+        attention_drop_out=options.attention_drop_out,
         embedding_drop_out=options.embedding_drop_out,
     )
     model = VideoCLIP(

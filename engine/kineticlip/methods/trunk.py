@@ -37,6 +37,7 @@ def build_visual(
     joint_frames: int = 0,
     shift_frames: int = 0,
     drop_out: float = 0.0,
+    attention_drop_out: float = 0.0,
     embedding_drop_out: float = 0.0,
     optional: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -55,7 +56,8 @@ def build_visual(
         )
     make: Callable[[], nn.Module]
     if isinstance(shape, ResNetShape):
-        if control_point or joint_frames or drop_out or embedding_drop_out:
+        dropouts = (drop_out, attention_drop_out, embedding_drop_out)
+        if control_point or joint_frames or any(dropouts):
             raise UserError(f"model.arch: {weights.model.name} is a ResNet: no such option for it")
         if config.train.activation_checkpointing:
             raise UserError("train.activation_checkpointing: only for transformers, not a ResNet")
@@ -69,6 +71,7 @@ def build_visual(
             control_point=control_point,
             joint_frames=joint_frames,
             drop_out=drop_out,
+            attention_drop_out=attention_drop_out,
             embedding_drop_out=embedding_drop_out,
         )
     if control_point or joint_frames:
