@@ -104,6 +104,24 @@ def test_training_matches_clips_with_the_sentences_of_the_batch(interaction: str
     assert clip["lr"] == pytest.approx(0.1 * new["lr"])
 
 
+def test_frame_scores_are_those_of_the_official_zero_shot_test() -> None:
+    model = build(tiny(scores="frames"), ("red ball", "blue ball", "gray ball")).eval()
+    images = torch.randint(0, 256, (3, 1, 3, 64, 64), dtype=torch.uint8)
+    index, crops = torch.tensor([[0, 1, 2, 1]]), torch.tensor([0])
+    video = VideoViews(
+        name="a", label=0, images=images, frame_index=index, crop_index=crops, decoder="",
+        num_frames=3,
+    )  # fmt: skip
+    with torch.inference_mode():
+        scores = BIKE.score(model, [video], 2)
+        features = model.visual(images.squeeze(1))[[0, 1, 2, 1]]  # raw: not normalised
+        sentences = model.frozen.get_buffer("sentences")
+        expected = torch.stack([(100 * row @ sentences.T).softmax(0) for row in features]).mean(0)
+        header = BIKE.score(build(tiny(), ("red ball", "blue ball", "gray ball")), [video], 2)
+    torch.testing.assert_close(scores[0], expected, atol=1e-5, rtol=0)
+    assert (scores - header).abs().max() > 0.01
+
+
 def tiny(**options: Any) -> Config:
     return Config(
         method="bike",

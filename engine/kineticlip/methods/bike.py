@@ -19,12 +19,13 @@ from kineticlip.errors import UserError
 from kineticlip.methods.contrastive import class_tokens, online_tower
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.nce import gather, matching_loss
-from kineticlip.methods.text4vis import VideoCLIP, param_groups, video_model
+from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, param_groups, video_model
 from kineticlip.methods.trunk import FrozenTensors, apply_header, encode_frames, encode_views
 from kineticlip.text import BATCH, encode_tokens
 from kineticlip.weights import resolve_weights
 
 Interaction = Literal["dp", "vcs"]
+Scores = Literal["head", "frames"]
 
 SALIENCY_TEMPERATURE = 0.01
 
@@ -37,13 +38,20 @@ class BikeCLIP(nn.Module):
     """
 
     def __init__(
-        self, video: VideoCLIP, *, interaction: Interaction, sentences: Tensor, words: Tensor | None
+        self,
+        video: VideoCLIP,
+        *,
+        interaction: Interaction,
+        sentences: Tensor,
+        words: Tensor | None,
+        scores: Scores = "head",
     ) -> None:
         super().__init__()
         self.visual, self.fusion_model = video.visual, video.fusion_model
         self.logit_scale = video.logit_scale
         self.per_clip, self.untrained = video.per_clip, video.untrained
         self.interaction: Interaction = interaction
+        self.scores: Scores = scores
         frozen = {"sentences": F.normalize(sentences.float(), dim=-1)}
         if interaction == "vcs":
             assert words is not None
@@ -69,6 +77,15 @@ class BikeCLIP(nn.Module):
             if self.interaction == "dp":
                 return F.normalize(frames.mean(dim=1), dim=-1) @ sentences.T
             return concept_spotting(frames, self._frozen("words", classes), sentences)
+
+    def frame_scores(self, frames: Tensor) -> Tensor:
+        """Raw tower outputs of one video [V, T, E] -> [C]: a softmax a frame, then their mean.
+
+        BIKE's test_zeroshot.py (compute_accuracy) scores so, with one view. Its frame embeddings
+        are not normalised: their length, about 10 for CLIP, sharpens the softmax.
+        """
+        logits = TEST_SCALE * frames.float() @ self._frozen("sentences", None).T  # [V, T, C]
+        return logits.softmax(dim=-1).mean(dim=(0, 1))
 
     def _frozen(self, name: str, classes: Tensor | None) -> Tensor:
         rows = cast(Tensor, getattr(self.frozen, name))
@@ -96,7 +113,13 @@ def build(config: Config, class_names: Sequence[str]) -> BikeCLIP:
     tokens = class_tokens(config, class_names, weights)
     every = config.bike.interaction == "vcs"
     sentences, words = encode_sentences(tower, tokens, words=every)
-    return BikeCLIP(video, interaction=config.bike.interaction, sentences=sentences, words=words)
+    return BikeCLIP(
+        video,
+        interaction=config.bike.interaction,
+        sentences=sentences,
+        words=words,
+        scores=config.bike.scores,
+    )
 
 
 @torch.no_grad()
@@ -124,9 +147,12 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """[len(videos), C]: softmax of the bare cosines, mean over views, and softmax once more.
 
     The official test does so. The second softmax flattens the scores and keeps their order.
+    bike.scores: frames: see `frame_scores`.
     """
     assert isinstance(model, BikeCLIP)
     frames = encode_views(model.visual, videos, chunk, per_clip=model.per_clip)  # [V, T, E] each
+    if model.scores == "frames":
+        return torch.stack([model.frame_scores(rows) for rows in frames])
     views = [model.similarity(rows).softmax(dim=-1).mean(dim=0) for rows in frames]
     return torch.stack(views).softmax(dim=-1)
 
