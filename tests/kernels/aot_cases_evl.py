@@ -62,8 +62,8 @@ KINDS = {
     "evl_displacement_triton._sums": "matrix",
     "evl_displacement_triton._grad_maps": "matrix",
     "evl_displacement_triton._grad_weights": "matrix",
-    "evl_triton._scores": "memory",
+    "evl_terms_triton._scores": "memory",
     "evl_triton._mix": "memory",
-    "evl_triton._gradients": "memory",
-    "evl_triton._grad_tokens": "memory",
+    "evl_backward_triton._gradients": "memory",
+    "evl_backward_triton._grad_tokens": "memory",
 }
