@@ -85,7 +85,8 @@ def top_classes(
     x [N, E] or [N, V, E], whose views' softmaxes are averaged; classes [C, E] of x's dtype; both
     normalised by the caller -> (probabilities fp32 [N, k], class numbers int64 [N, k]). The
     Triton face reads the classes twice and never holds [N, C]: at C = 100,000 that matrix is
-    1.6 GB for 4096 videos. Among equal probabilities it takes the lower number. No gradient.
+    1.6 GB for 4096 videos. Among equal probabilities it takes the lower number; the reference,
+    torch.topk, promises none. No gradient.
     """
     _check_rows("top_classes", x, classes, 2, 3)
     if not 1 <= k <= len(classes):
