@@ -22,8 +22,6 @@ from kineticlip.inference import (
     SteadyTower,
     compile_bytes,
     compiled,
-    finish_rows,
-    fused_finish,
     fused_quantise,
     make_steady,
     pack_tower,
@@ -132,17 +130,12 @@ def test_a_compiled_tower_says_the_same() -> None:
         torch.testing.assert_close(steady(pixels(2)), plain(pixels(2)), atol=1e-5, rtol=1e-5)
 
 
-def test_loops_for_a_compiler_say_the_same() -> None:
+def test_the_loop_for_a_compiler_says_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(90, 48, generator=generator).bfloat16()
     values, scale = quantise_rows(x)
     fused_values, fused_scale = fused_quantise(x)
     assert torch.equal(values, fused_values) and torch.equal(scale, fused_scale)
-    bias = torch.randn(48, generator=generator).bfloat16()
-    for activation in ("none", "swish", "gelu"):
-        ours = finish_rows(x.clone(), scale, bias, activation)
-        fused = fused_finish(x, scale, bias, activation)
-        torch.testing.assert_close(ours, fused, atol=2e-2, rtol=2e-2)  # bf16 rounds it once more
 
 
 def test_a_compiled_int8_tower_says_the_same() -> None:
