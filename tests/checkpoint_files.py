@@ -268,3 +268,10 @@ def write(name: str, folder: Path) -> Path:
     path = folder / f"{name}{suffix}"
     save(path)
     return path
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name

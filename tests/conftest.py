@@ -1,4 +1,4 @@
-"""What several test files need: the optional folder of real videos beside the repository."""
+"""What several test files need: the optional folder of real videos, checkpoint files."""
 
 from __future__ import annotations
 
@@ -38,3 +38,19 @@ def shared_videos(shared: Path) -> Callable[[str], Path]:
         return path
 
     return locate
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`sample(name)`: the path of one of checkpoint_files.FILES, written once."""
+    import checkpoint_files
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    written: dict[str, Path] = {}
+
+    def path(name: str) -> Path:
+        if name not in written:
+            written[name] = checkpoint_files.write(name, folder)
+        return written[name]
+
+    return path

@@ -85,9 +85,13 @@ def test_predict_marks_untrained_weights(clips: Path, capsys: pytest.CaptureFixt
 
 
 def test_predict_with_clip_as_it_was_published(
-    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clips: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A CLIP file needs no configuration, and its own text tower encodes the names."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny = architecture("ViT-tiny-16")
     visual = VisionTransformer(tiny.vision).state_dict()
     state = {f"visual.{name}": value for name, value in visual.items()}

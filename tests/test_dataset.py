@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kineticlip.config import load_config
+from kineticlip.config import load_config, override
 from kineticlip.dataset import (
     BUILT_IN,
     Entry,
@@ -175,7 +175,9 @@ def test_lists_of_a_configuration(write) -> None:
     assert len(chosen.entries) == 12
     scored = scoring_list(config, 2)
     assert len(scored.entries) == 20
-    assert scored.entries[0].path == "v/v1"
+    assert scored.entries[0].path == "v/v1"  # the official tests keep short videos,
+    kept = scoring_list(override(config, ["data.val_min_frames=8"]), 2)  # its training does not
+    assert len(kept.entries) == 13 and kept.short == chosen.short
     assert chosen.sha256 == scored.sha256
     for read in (training_list, scoring_list):
         with pytest.raises(UserError, match=r"data\.(train|val)_list is not set"):

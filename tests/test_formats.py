@@ -1,16 +1,11 @@
-"""Checkpoints in and out: every name accounted for, every value to the bit, nothing executed."""
+"""Checkpoints read and loaded into modules: every name accounted for, every value to the bit."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,11 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import checkpoint_files as files
-from checkpoint_files import FILES, GOLDEN
+from checkpoint_files import FILES, GOLDEN, assert_same
 from kineticlip.errors import UserError
 from kineticlip.formats import (
     FORMATS,
-    TARGETS,
     convert,
     fold_patch_bias,
     interpolate_positions,
@@ -36,30 +30,6 @@ from kineticlip.formats.container import Contents, read_contents
 from kineticlip.formats.table import identify
 
 Open = Callable[[str], Path]
-
-
-@pytest.fixture(scope="session")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Open:
-    """`sample(name)`: the path of one of checkpoint_files.FILES, written once."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    written: dict[str, Path] = {}
-
-    def path(name: str) -> Path:
-        if name not in written:
-            written[name] = files.write(name, folder)
-        return written[name]
-
-    return path
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype, name
-        assert torch.equal(got[name], tensor), name
-
-
-# Reading ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -183,239 +153,6 @@ def test_clip_part_of_a_method_checkpoint(sample: Open) -> None:
         load_clip_state(sample("evl"))
 
 
-# Nothing is executed, nothing damaged is believed -----------------------------------------------
-
-
-class _Touch:
-    """Unpickling this creates a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.target,))
-
-
-class _Shell:
-    """Unpickling this runs a command."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.system, ("exit 1",))
-
-
-def test_objects_in_a_pickle_are_refused_not_run(tmp_path: Path) -> None:
-    trap = tmp_path / "run"
-    for name, protocol in (("zip.pt", True), ("legacy.pt", False)):
-        path = tmp_path / name
-        torch.save({"state_dict": _Touch(trap)}, path, _use_new_zipfile_serialization=protocol)
-        with pytest.raises(UserError, match="Python objects, which are never loaded"):
-            read_checkpoint(path)
-    for protocol in (2, pickle.HIGHEST_PROTOCOL):
-        (tmp_path / "bare.pkl").write_bytes(pickle.dumps(_Touch(trap), protocol=protocol))
-        with pytest.raises(UserError, match="Python objects, which are never loaded"):
-            read_checkpoint(tmp_path / "bare.pkl")
-    torch.save({"x": _Shell()}, tmp_path / "shell.pt")
-    with pytest.raises(UserError, match=r"Python objects, which are never loaded \(.*\.system"):
-        read_checkpoint(tmp_path / "shell.pt")
-    assert not trap.exists()
-
-
-def test_a_hostile_torchscript_archive_is_refused_not_run(sample: Open, tmp_path: Path) -> None:
-    trap = tmp_path / "run"
-    for payload, message in (
-        (pickle.dumps(_Touch(trap), protocol=2), "refused to load '"),
-        (b"\x80\x02c__torch__\nX\n)\x81K\x05b.", "a module state that is not a dictionary"),
-        (b"not a pickle", "TorchScript archive"),
-    ):
-        path = tmp_path / "evil.pt"
-        with zipfile.ZipFile(sample("openai_jit")) as old, zipfile.ZipFile(path, "w") as new:
-            for entry in old.infolist():
-                evil = entry.filename.endswith("/data.pkl")
-                new.writestr(entry, payload if evil else old.read(entry))
-        with pytest.raises(UserError, match=message):
-            read_checkpoint(path)
-    assert not trap.exists()
-
-
-def test_a_torchscript_storage_shorter_than_declared_is_refused(
-    sample: Open, tmp_path: Path
-) -> None:
-    path = tmp_path / "short.pt"
-    with zipfile.ZipFile(sample("openai_jit")) as old, zipfile.ZipFile(path, "w") as new:
-        for entry in old.infolist():
-            data = old.read(entry)
-            short = "/data/" in entry.filename and len(data) > 100
-            new.writestr(entry.filename, data[:-64] if short else data)
-    with pytest.raises(UserError, match="shorter than declared"):
-        read_checkpoint(path)
-
-
-def test_compressed_torchscript_records_are_refused(sample: Open, tmp_path: Path) -> None:
-    path = tmp_path / "packed.pt"
-    with zipfile.ZipFile(sample("openai_jit")) as old, zipfile.ZipFile(path, "w") as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry), compress_type=zipfile.ZIP_DEFLATED)
-    with pytest.raises(UserError, match=r"data\.pkl is compressed"):
-        read_checkpoint(path)
-
-
-@pytest.mark.parametrize("name", ["openai_jit", "openai_state", "openai_safetensors", "evl"])
-@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.4, 0.999])
-def test_truncated_files_are_user_errors(
-    sample: Open, tmp_path: Path, name: str, fraction: float
-) -> None:
-    whole = sample(name).read_bytes()
-    path = tmp_path / f"cut{sample(name).suffix}"
-    path.write_bytes(whole[: int(len(whole) * fraction)])
-    with pytest.raises(UserError, match=str(path)):
-        read_checkpoint(path)
-
-
-def test_foreign_files_are_user_errors(tmp_path: Path) -> None:
-    for name, data in (
-        ("page.pt", b"<html>404</html>"),
-        ("page.safetensors", b"<html>404</html>"),
-        ("table.pth", b"a,b\n1,2\n"),
-        ("noise.bin", bytes(range(256)) * 9),
-    ):
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(UserError, match=name):
-            read_checkpoint(tmp_path / name)
-    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
-        archive.writestr("readme.txt", "hello")
-    with pytest.raises(UserError, match=r"other\.zip"):
-        read_checkpoint(tmp_path / "other.zip")
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="expected a dictionary of tensors, found list"):
-        read_checkpoint(tmp_path / "list.pt")
-    with pytest.raises(UserError, match="no such checkpoint"):
-        read_checkpoint(tmp_path / "absent.pt")
-    with pytest.raises(UserError, match="is a folder"):
-        read_checkpoint(tmp_path)
-
-
-# Writing ----------------------------------------------------------------------------------------
-
-# What each target may hold: every sample that has those parts must come back to the bit.
-ROUND_TRIPS = {
-    "openai": ("openai_jit", "openai_resnet", "open_clip_training", "hf_clip"),
-    "open_clip": ("openai_state", "open_clip_custom_text"),
-    "text4vis": (
-        "text4vis_vit_plain", "text4vis_vit_tsm", "text4vis_vit_tokent1d", "text4vis_vit_joint",
-        "text4vis_rn_plain", "text4vis_rn_tsm", "text4vis_no_header",
-    ),
-    "nce": ("nce", "bike_sentence"),
-    "evl": ("evl", "evl_finetuned"),
-    "vitaclip": ("vitaclip", "vitaclip_backbone", "openai_state"),
-    "kineticlip": tuple(FILES),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("target", "name"), [(target, name) for target, all_ in ROUND_TRIPS.items() for name in all_]
-)
-def test_round_trips_are_exact(sample: Open, tmp_path: Path, target: str, name: str) -> None:
-    before = read_checkpoint(sample(name))
-    out = tmp_path / f"out{TARGETS[target].suffixes[0]}"
-    convert(sample(name), out, to=target)
-    after = read_checkpoint(out)
-    assert after.format == ("bike" if (target, name) == ("nce", "bike_sentence") else target)
-    assert_same(after.tensors, before.tensors)
-    assert after.metadata.get("temporal_module") == before.metadata.get("temporal_module")
-
-
-@pytest.mark.parametrize("case", ["vit_plain", "vit_tsm", "vit_tokent1d", "rn_plain", "rn_tsm"])
-def test_text4vis_files_have_the_official_names(sample: Open, tmp_path: Path, case: str) -> None:
-    own = tmp_path / "own.safetensors"
-    convert(sample(f"text4vis_{case}"), own, to="kineticlip")
-    convert(own, tmp_path / "official.pt", to="text4vis")
-    saved = torch.load(tmp_path / "official.pt", weights_only=True)
-    assert saved["epoch"] == 29
-    assert_same(saved["model_state_dict"], files.text4vis_state(case))
-
-
-def test_vitaclip_files_have_the_official_names(sample: Open, tmp_path: Path) -> None:
-    convert(sample("vitaclip"), tmp_path / "out.pth", to="vitaclip")
-    saved = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
-    assert_same(saved, {f"module.{n}": t for n, t in files.vitaclip_state().items()})
-
-
-def test_evl_backbone_from_clip_is_the_official_conversion_to_the_bit(
-    sample: Open, tmp_path: Path
-) -> None:
-    convert(sample("clip_visual"), tmp_path / "out.pth", to="evl")
-    saved = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
-    official = json.loads((GOLDEN / "evl/rect/clip_conversion.json").read_text())
-    got = {
-        name.removeprefix("module.backbone."): hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        for name, tensor in saved.items()
-    }
-    assert got == {name: entry["sha256_f32_le"] for name, entry in official.items()}
-
-
-def test_open_clip_loads_what_is_written_for_it(tmp_path: Path) -> None:
-    import open_clip
-
-    torch.manual_seed(0)
-
-    def build() -> nn.Module:
-        return open_clip.model.CLIP(
-            embed_dim=16,
-            vision_cfg={"layers": 1, "width": 64, "patch_size": 16, "image_size": 32},
-            text_cfg={"context_length": 8, "vocab_size": 32, "width": 64, "heads": 1, "layers": 1},
-        )
-
-    source, target = build(), build()
-    torch.save(source.state_dict(), tmp_path / "source.pt")
-    convert(tmp_path / "source.pt", tmp_path / "out.pt", to="open_clip")
-    open_clip.load_checkpoint(target, str(tmp_path / "out.pt"))
-    assert_same(target.state_dict(), source.state_dict())
-
-
-def test_a_conversion_says_what_it_left_behind(sample: Open, tmp_path: Path) -> None:
-    result = convert(sample("nce"), tmp_path / "out.pt", to="openai", dry_run=True)
-    assert not (tmp_path / "out.pt").exists()
-    header = {f"fusion_model.{name}" for name in files.header_state()}
-    assert set(result.dropped) == header
-    assert set(result.dropped.values()) == {"no part of openai"}
-    assert result.num_source == result.num_written + len(header)
-
-
-def test_targets_refuse_sources_without_what_they_need(sample: Open, tmp_path: Path) -> None:
-    for name, target, lacks in (
-        ("text4vis_vit_plain", "openai", "token_embedding.weight"),
-        ("evl", "text4vis", "visual.conv1.weight"),
-        ("evl_finetuned", "vitaclip", "visual.proj"),
-    ):
-        with pytest.raises(UserError, match=f"cannot become {target}: it holds no .*{lacks}"):
-            convert(sample(name), tmp_path / "out.pt", to=target)
-    with pytest.raises(UserError, match=r"holds no decoder\.cls_token or visual\.class_embedding"):
-        convert(sample("openai_resnet"), tmp_path / "out.pt", to="evl")
-    with pytest.raises(UserError, match="Did you mean 'vitaclip'"):
-        convert(sample("evl"), tmp_path / "out.pt", to="vita-clip")
-    with pytest.raises(UserError, match=r"kineticlip is written as \.safetensors"):
-        convert(sample("evl"), tmp_path / "out.pt", to="kineticlip")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_write_leaves_the_old_file(
-    sample: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out.pt"
-    out.write_bytes(b"old")
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space"):
-        convert(sample("openai_state"), out, to="openai")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
-
-
-# Loading into modules ---------------------------------------------------------------------------
-
-
 def test_load_into_names_every_misfit_at_once_and_changes_nothing() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -516,31 +253,6 @@ def test_own_files_say_so_in_their_metadata(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(path)
     assert checkpoint.metadata == {"format": "kineticlip", "epoch": "3"}
     assert_same(checkpoint.tensors, {"a": torch.arange(3.0), "b": torch.arange(3.0, 6.0)})
-
-
-# The command ------------------------------------------------------------------------------------
-
-
-def test_convert_command(sample: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from kineticlip.cli import main
-
-    out = tmp_path / "new" / "evl.pth"
-    assert main(["convert", str(sample("vitaclip")), str(out), "--to", "evl"]) == 0
-    printed = capsys.readouterr().out
-    assert "visual.blocks.*.norm1.* -> visual.transformer.resblocks.*.ln_1.*  (6)\n" in printed
-    assert "dropped prompt_learner.ctx: no part of evl" in printed
-    assert read_checkpoint(out).format == "evl"
-
-    arguments = ["convert", str(sample("nce")), str(tmp_path / "x.pt"), "--to", "text4vis"]
-    assert main([*arguments, "--dry-run", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["written"] is False
-    assert document["source_format"] == "nce"
-    assert document["dropped"]["ln_final.bias"] == "no part of text4vis"
-    assert not (tmp_path / "x.pt").exists()
-
-    assert main(["convert", str(tmp_path / "x.pt"), "y.pt", "--to", "openai"]) == 2
-    assert "no such checkpoint" in capsys.readouterr().err
 
 
 def test_source_names_of_goldens_are_those_of_the_official_files() -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from kineticlip.architectures import architecture
 from kineticlip.checkpoint import export_weights
 from kineticlip.config import (
     ClassifierConfig,
@@ -21,8 +23,14 @@ from kineticlip.config import (
 from kineticlip.errors import UserError
 from kineticlip.methods import METHODS
 from kineticlip.predictor import config_of, with_weights
+from kineticlip.text import encode_text, text_tower, tokenize
 
 NAMES = ("a red ball", "a blue ball", "growing")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def tiny(method: str) -> Config:
@@ -77,3 +85,25 @@ def test_text_features_come_from_the_weights_own_tower(tmp_path: Path) -> None:
     torch.save({"visual.x": torch.zeros(1), "logit_scale": torch.zeros(1)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="of no known format"):
         with_weights(config, str(tmp_path / "x.pt"))
+
+
+def test_an_official_nce_file_scores_with_all_of_its_parts(tmp_path: Path) -> None:
+    """train_nce.py's layout, which the official test.py cannot read."""
+    config = tiny("text4vis")
+    state = perturbed(METHODS["text4vis"].build(config, NAMES))
+    tower = text_tower(architecture("ViT-tiny-16").text, None, seed=3)
+    clip = {name: value for name, value in state.items() if not name.startswith("fusion_model.")}
+    header = {
+        f"module.{name.removeprefix('fusion_model.')}": value
+        for name, value in state.items()
+        if name.startswith("fusion_model.")
+    }
+    layout = {"epoch": 2, "model_state_dict": {**clip, **tower.state_dict()}}
+    path = tmp_path / "nce.pt"
+    torch.save({**layout, "fusion_model_state_dict": header}, path)
+    model = METHODS["text4vis"].build(with_weights(config, str(path)), NAMES)
+    assert model.untrained == ()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    expected = F.normalize(encode_text(tower, tokenize(NAMES)), dim=-1)
+    torch.testing.assert_close(model.classifier, expected.detach(), atol=1e-5, rtol=0)

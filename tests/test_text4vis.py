@@ -267,6 +267,9 @@ def test_options_that_do_not_fit() -> None:
     )
     with pytest.raises(UserError, match="a ResNet has 'none' and 'tsm', not 'tokent1d'"):
         build(resnet, ("a",))
+    resnet = replace(tiny(drop_out=0.1), model=resnet.model, data=DataConfig(resolution=224))
+    with pytest.raises(UserError, match="RN50 is a ResNet: no such option for it"):
+        build(resnet, ("a",))
 
 
 def test_checkpointing_reaches_the_trunk() -> None:
