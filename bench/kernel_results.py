@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from datetime import datetime, timezone
@@ -76,6 +77,8 @@ def document(
 
 def gather(parts: Path, *, complete: bool = True) -> dict[str, Any]:
     """A result file's content from a folder of parts: rows, limits, outcomes of tests, steps."""
+    import torch
+
     import kernel_bench
     from kineticlip_kernels import tuning
     from run_parts import lines
@@ -101,7 +104,15 @@ def gather(parts: Path, *, complete: bool = True) -> dict[str, Any]:
             "skipped": len(outcomes["skipped"]),
             "failed": outcomes["failed"],
         },
-        config={"blocks": blocks, "absent": kernel_bench.absent(), "steps": steps},
+        config={
+            "blocks": blocks,
+            "absent": kernel_bench.absent(),
+            "threads": torch.get_num_threads(),
+            "load": round(
+                os.getloadavg()[0], 2
+            ),  # processes that wanted a core, of the last minute
+            "steps": steps,
+        },
         complete=complete and all(step["status"] == 0 for step in steps),
     )
 

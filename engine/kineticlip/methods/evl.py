@@ -20,6 +20,7 @@ from kineticlip.batch import VideoViews
 from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.formats import load_into, read_checkpoint
+from kineticlip.methods.clips import average_views
 from kineticlip.methods.evl_decoder import Decoder, DecoderShape, decoder_shape
 from kineticlip.methods.method import Method
 from kineticlip.methods.text4vis import loss
@@ -191,9 +192,8 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
         model.classify(images[distinct], len(index), index)
         for distinct, index in packs(numbers, chunk)
     ]
-    probabilities = torch.cat(logits).softmax(dim=-1)  # [views, C]
-    parts = probabilities.split([video.num_views for video in videos])
-    return torch.stack([part.mean(dim=0) for part in parts])
+    counts = [video.num_views for video in videos]
+    return average_views(torch.cat(logits), counts, kernels=model.visual.ln_pre.kernels)
 
 
 def number_images(videos: Sequence[VideoViews]) -> tuple[Tensor, Tensor]:
