@@ -104,10 +104,12 @@ class Golden:
     def architecture(self) -> Architecture:
         c = self.config["cfg"]
         width, text = c["feature_dim"], c["text_transformer_width"]
+        rows, columns = c["input_size"]
         return Architecture(
             name="golden",
             vision=VisionShape(
-                resolution=c["input_size"][0],
+                resolution=columns,
+                height=0 if rows == columns else rows,
                 patch=c["patch_size"][0],
                 width=width,
                 layers=c["num_layers"],
@@ -170,7 +172,7 @@ class Golden:
         )
         return Config(
             method="vitaclip",
-            data=DataConfig(num_frames=frames or c["num_frames"], resolution=c["input_size"][0]),
+            data=DataConfig(num_frames=frames or c["num_frames"], resolution=c["input_size"][1]),
             vitaclip=vita,
             optim=OptimConfig(
                 lr=self.config["lr"],
