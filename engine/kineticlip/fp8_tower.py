@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kineticlip.errors import UserError
 from kineticlip.transformer import Block, KeysValues, Source
 from kineticlip.vision import VisionTransformer
+from kineticlip_kernels.dispatch import Impl
 from kineticlip_kernels.fp8 import (
     Scaled,
     add_layer_norm_fp8,
@@ -29,7 +30,7 @@ from kineticlip_kernels.fp8 import (
 )
 
 
-def quantize_tower(tower: nn.Module) -> int:
+def quantize_tower(tower: nn.Module, *, kernels: Impl = "auto") -> int:
     """Puts 8-bit blocks in place of a tower's; gives the number of layers in 8 bits.
 
     To be called on the tower's device, with its most exact weights, which are rounded once.
@@ -39,19 +40,19 @@ def quantize_tower(tower: nn.Module) -> int:
         raise UserError("eval.precision=fp8 is for transformers, not for a ResNet")
     blocks = tower.transformer.resblocks
     for index, block in enumerate(blocks):
-        blocks[index] = EightBitBlock(cast(Block, block))
+        blocks[index] = EightBitBlock(cast(Block, block), kernels=kernels)
     return 4 * len(blocks)
 
 
 class EightBitBlock(nn.Module):
     """A `Block` whose four products multiply e4m3; its parameters keep their names."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, *, kernels: Impl = "auto") -> None:
         super().__init__()
         if block.control_point is not None:
             raise UserError("eval.precision=fp8: not for towers with temporal modules; use bf16")
         self.ln_1, self.attn, self.ln_2, self.mlp = block.ln_1, block.attn, block.ln_2, block.mlp
-        self.control_point = None
+        self.control_point, self.kernels = None, kernels
         self._plain = (block,)  # in a tuple: its modules are registered above
         # Plain attributes: a cast of the tower to bf16 must leave them alone.
         self._qkv = quantize_rows(block.attn.in_proj_weight.detach())
@@ -75,27 +76,33 @@ class EightBitBlock(nn.Module):
             )
             return result
         x, y = self._normed(x, update, self.ln_1)
-        qkv = linear_fp8(y, self._qkv, self.attn.in_proj_bias, dtype=x.dtype)
+        qkv = self._linear(y, self._qkv, self.attn.in_proj_bias, x.dtype)
         qkv = qkv.unflatten(-1, (3, self.attn.heads, -1))  # [M, N, 3, H, K]
         extra = sources(x) if sources is not None else ()
         pairs = [self._keys_values(source, qkv) for source in extra]
-        mixed = attention_fp8(qkv, sources=pairs)  # [M, N, D]
+        mixed = attention_fp8(qkv, sources=pairs, impl=self.kernels)  # [M, N, D]
         out = self.attn.out_proj
-        x, y = self._normed(x, linear_fp8(mixed, self._out, out.bias, dtype=x.dtype), self.ln_2)
+        x, y = self._normed(x, self._linear(mixed, self._out, out.bias, x.dtype), self.ln_2)
         hidden = self._activated(y, x.dtype)
         second = self.mlp.c_proj
-        return x, linear_fp8(hidden, self._second, second.bias, dtype=x.dtype), qkv
+        return x, self._linear(hidden, self._second, second.bias, x.dtype), qkv
+
+    def _linear(self, x: Scaled, weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return linear_fp8(x, weight, bias, dtype=dtype, impl=self.kernels)
 
     def _normed(self, x: Tensor, update: Tensor | None, norm: Any) -> tuple[Tensor, Scaled]:
         if update is None:
-            return x, layer_norm_fp8(x, norm.weight, norm.bias, norm.eps)
-        return add_layer_norm_fp8(x, update, norm.weight, norm.bias, norm.eps)
+            return x, layer_norm_fp8(x, norm.weight, norm.bias, norm.eps, impl=self.kernels)
+        weight, bias = norm.weight, norm.bias
+        return add_layer_norm_fp8(x, update, weight, bias, norm.eps, impl=self.kernels)
 
     def _activated(self, y: Scaled, dtype: torch.dtype) -> Scaled:
         first = self.mlp.c_fc
         if first.activation == "gelu":
-            return quantize_rows(F.gelu(linear_fp8(y, self._first, first.bias, dtype=dtype)))
-        return bias_quick_gelu_fp8(linear_fp8(y, self._first, dtype=dtype), first.bias)
+            hidden = F.gelu(self._linear(y, self._first, first.bias, dtype))
+            return quantize_rows(hidden, impl=self.kernels)
+        hidden = self._linear(y, self._first, None, dtype)
+        return bias_quick_gelu_fp8(hidden, first.bias, impl=self.kernels)
 
     def _keys_values(self, source: Source, qkv: Tensor) -> KeysValues:
         """Ready keys and values of a source [M', n, H, K]; tokens are projected in 8 bits."""
@@ -103,6 +110,6 @@ class EightBitBlock(nn.Module):
             return source(qkv[:, :, 1], qkv[:, :, 2])
         y, width = self._normed(source, None, self.ln_1)[1], source.shape[-1]
         weight = Scaled(self._qkv.values[width:], self._qkv.scale[width:])
-        kv = linear_fp8(y, weight, self.attn.in_proj_bias[width:], dtype=qkv.dtype)
+        kv = self._linear(y, weight, self.attn.in_proj_bias[width:], qkv.dtype)
         k, v = kv.unflatten(-1, (2, self.attn.heads, -1)).unbind(2)
         return k, v

@@ -22,7 +22,9 @@ linear_triton = partial(linear_quick_gelu, impl="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(7, 50), (1, 32), (2, 3, 65), (0, 24), *on_gpu((1154, 4096))])
+@pytest.mark.parametrize(
+    "shape", [(7, 50), (1, 32), (2, 3, 65), (0, 24), (577, 20), *on_gpu((1154, 4096))]
+)
 def test_bias_quick_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = randn(*shape, dtype=dtype, scale=3.0)
     bias = randn(shape[-1], dtype=dtype, seed=1)
@@ -43,6 +45,7 @@ def linear_inputs(
     ("rows", "depth", "width"),
     [
         ((33,), 40, 50),
+        ((257,), 20, 33),
         ((2, 8), 32, 64),
         ((1,), 8, 16),
         ((0,), 16, 16),

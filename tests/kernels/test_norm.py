@@ -16,8 +16,9 @@ from kineticlip_kernels.norm import (
 )
 
 # 7 rows: no multiple of a program's 4 (forward) or 2 (backward). 50: under a block; 64: exactly
-# one; 1: a row without variance.
-SHAPES = [(7, 50), (1, 64), (2, 3, 33), (5, 1), (0, 24), *on_gpu((2, 577, 1024), (1001, 768))]
+# one; 1: a row without variance. 577 and 257: tokens of ViT-L/14 at 336 and 224 pixels.
+SHAPES = [(7, 50), (1, 64), (2, 3, 33), (5, 1), (0, 24), (577, 20), (257, 33)]
+SHAPES += on_gpu((2, 577, 1024), (1001, 768))
 
 
 def parameters(width: int, dtype: torch.dtype, grad: bool = True) -> dict[str, torch.Tensor]:

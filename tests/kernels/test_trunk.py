@@ -1,4 +1,4 @@
-"""A whole vision transformer, and a temporal header, on the kernels equal the plain ones.
+"""A vision transformer, an 8-bit one and a temporal header on the kernels equal the plain ones.
 
 Kernel tests alone do not show that the ops fit together: strides, the residual stream that
 travels in two parts, gradients that meet in one parameter.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from kineticlip.architectures import VisionShape
+from kineticlip.fp8_tower import quantize_tower
 from kineticlip.temporal import TemporalTransformer
 from kineticlip.vision import VisionTransformer
 from kineticlip_kernels.dispatch import recorded_choices
@@ -68,6 +69,25 @@ def test_auto_is_the_reference_on_a_cpu() -> None:
         plain, chosen = tower("reference")(pixels), tower("auto")(pixels)
     tolerance = 1e-5 if MATRIX == FP32 else 3e-2
     torch.testing.assert_close(chosen, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_embeddings_in_8_bits() -> None:
+    """Every operand is rounded to 4 bits: where two sums differ in the last place, one of them
+    may be rounded to the next of 8 steps. So the faces agree 20 times better than 8 bits with 16,
+    not to the last place."""
+    pixels = randn(4, 3, 24, 24, dtype=MATRIX, grad=False)
+    found = {}
+    with torch.no_grad():
+        plain = tower("reference")(pixels)
+        for impl in ("reference", "triton"):
+            model = tower(impl).requires_grad_(False)
+            assert quantize_tower(model, kernels=impl) == 4 * SHAPE.layers
+            with recorded_choices() as choices:
+                found[impl] = model(pixels)
+            assert {c.face for c in choices if c.op.endswith("fp8")} == {impl}
+    rounding = (found["reference"] - plain).abs().max()
+    assert rounding > 0
+    assert (found["triton"] - found["reference"]).abs().max() <= rounding / 20
 
 
 def header(impl: Any) -> TemporalTransformer:
