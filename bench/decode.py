@@ -24,6 +24,7 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kineticlip.measure import machine_record, software_record
@@ -121,6 +122,8 @@ def measure(run: Run, numbers: list[int], options: argparse.Namespace) -> dict[s
     for _ in range(options.repeats):
         wall, cpu = time.perf_counter(), time.process_time()
         run()
+        if options.device.startswith("cuda"):
+            torch.cuda.synchronize(options.device)  # torchcodec returns before the frames are there
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     return {
