@@ -189,9 +189,11 @@ def test_unreadable_videos_are_left_out_of_every_number() -> None:
     with pytest.raises(UserError, match="no video could be scored"):
         collect(scores[1:2], entries[1:2], world_size=1, batch_size=1)
     with pytest.raises(UserError, match=r"--metrics mapp: unknown\. Did you mean 'map'\?"):
-        check_protocols(["mapp"], entries)
+        check_protocols(["mapp"], entries, num_classes=2)
+    with pytest.raises(UserError, match="half-class split 0 of 9 classes holds none of the 3"):
+        check_protocols(["zero-shot"], entries, num_classes=9)
     with pytest.raises(UserError, match="multilabel: no video of the list has a label"):
-        check_protocols(["multilabel"], [Entry("a", "a", -1, labels=())])
+        check_protocols(["multilabel"], [Entry("a", "a", -1, labels=())], num_classes=2)
 
 
 def test_the_command_knows_every_protocol() -> None:
@@ -302,7 +304,7 @@ def test_a_classifier_file_of_other_classes(
     few.write_text("\n".join(CLASSES[:4]))
     status, _, err = run(
         capsys, "classifier", "build", "random_normal", "--labels", str(few),
-        "--output", str(built),
+        "--out", str(built),
     )  # fmt: skip
     assert status == 0, err
     words = evaluation(videos, tmp_path / "out", "--set", f"classifier.source={built}")

@@ -187,6 +187,17 @@ def half_classes(num_classes: int, seed: int) -> Integers:
     return np.random.RandomState(seed).permutation(num_classes)[: num_classes // 2].astype(np.int64)
 
 
+def check_half_classes(num_classes: int, labels: ArrayLike, *, splits: int = 10) -> None:
+    """UserError where one of the halves has no video, which leaves it without an accuracy."""
+    truth = _labels(labels)
+    for split in range(splits):
+        if not np.isin(truth, half_classes(num_classes, split)).any():
+            raise UserError(
+                f"zero-shot: half-class split {split} of {num_classes} classes holds none of "
+                f"the {len(truth)} videos; this protocol needs more classes or more videos"
+            )
+
+
 def zero_shot(scores: ArrayLike, labels: ArrayLike, *, splits: int = 10) -> ZeroShot:
     """The zero-shot protocol of Text4Vis (test_zeroshot.py, multi_split_test).
 
@@ -194,14 +205,10 @@ def zero_shot(scores: ArrayLike, labels: ArrayLike, *, splits: int = 10) -> Zero
     have a video. Raises UserError when a half holds no video at all.
     """
     matrix, truth = _scores(scores), _labels(labels)
+    check_half_classes(matrix.shape[1], truth, splits=splits)
     top1, top5 = [], []
     for split in range(splits):
         chosen = np.isin(truth, half_classes(matrix.shape[1], split))
-        if not chosen.any():
-            raise UserError(
-                f"zero-shot: half-class split {split} of {matrix.shape[1]} classes holds none of "
-                f"the {len(truth)} videos; this protocol needs more classes or more videos"
-            )
         present, renumbered = np.unique(truth[chosen], return_inverse=True)
         ranks = rank_of_label(matrix[chosen][:, present], renumbered)
         top1.append(mean_percent(ranks < 1))

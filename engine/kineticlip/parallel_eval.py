@@ -38,7 +38,7 @@ class Order:
     videos: tuple[str, ...]
     out: str
     part: str
-    settings: dict[str, Any]  # further arguments of commands.eval.evaluate_list
+    settings: dict[str, Any]  # fields of list_eval.ListOptions
     parent: int
 
     def dumped(self) -> bytes:

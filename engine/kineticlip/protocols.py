@@ -113,7 +113,7 @@ PROTOCOLS: dict[str, Callable[[Scores], Extra]] = {
 }
 
 
-def check_protocols(names: Sequence[str], entries: Sequence[Entry]) -> None:
+def check_protocols(names: Sequence[str], entries: Sequence[Entry], *, num_classes: int) -> None:
     """UserError for a name that is unknown or does not suit the list: before hours of scoring."""
     several = any(entry.labels is not None for entry in entries)
     for name in names:
@@ -121,6 +121,8 @@ def check_protocols(names: Sequence[str], entries: Sequence[Entry]) -> None:
             raise UserError(f"--metrics {name}: unknown. {did_you_mean(name, PROTOCOLS)}")
         if several and name != "multilabel":
             raise UserError(f"--metrics {name}: needs a list with one label a video")
+    if "zero-shot" in names:
+        metrics.check_half_classes(num_classes, [entry.label for entry in entries])
     if "multilabel" in names and not any(entry.labels or entry.label >= 0 for entry in entries):
         raise UserError("--metrics multilabel: no video of the list has a label")
 

@@ -11,18 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kineticlip.commands.options import add_config_options, add_model_options, configured
 
 if TYPE_CHECKING:
-    from kineticlip.batch import VideoViews
     from kineticlip.config import Config
-    from kineticlip.dataset import VideoList
-    from kineticlip.loader import BadVideo
 
+LEAST = {"official_processes": 1, "official_batch": 1, "limit": 1, "thumbnails": 0}
 METRICS = ("zero-shot", "map", "multilabel", "official-padded")  # kineticlip.protocols.PROTOCOLS
 
 
@@ -83,9 +80,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.part_of_run:
         return _run_part()
-    for name in ("official_processes", "official_batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} should be at least 1")
+    for name, least in LEAST.items():
+        given = getattr(args, name)
+        if given is not None and given < least:
+            raise UserError(f"--{name.replace('_', '-')} should be at least {least}, got {given}")
     if args.split:
         return _run_splits(args)
     config = _configured(args)
@@ -104,14 +102,15 @@ def _run_part() -> int:
     """A process of evaluate_in_processes: scores the share that its parent hands it."""
     from kineticlip.config import config_from_dict
     from kineticlip.distributed import end_with
+    from kineticlip.list_eval import ListOptions, evaluate_share
     from kineticlip.parallel_eval import Order, write_speed
 
     order = Order.loaded(sys.stdin.read())
     end_with(order.parent, poll_seconds=0.2)
     part = Path(order.part)
     config = config_from_dict(order.config, "the parent process")
-    settings = {**order.settings, "quiet": True}
-    speed = evaluate_list(config, part, share=order.videos, whole=Path(order.out), **settings)
+    options = ListOptions(**{**order.settings, "quiet": True})
+    speed = evaluate_share(config, part, options, videos=order.videos, whole=Path(order.out))
     write_speed(part, speed)
     return 0
 
@@ -120,23 +119,26 @@ def _run_splits(args: argparse.Namespace) -> int:
     """Every split into a folder of its own; splits.json beside them has mean and deviation."""
     from kineticlip.errors import UserError
     from kineticlip.journal import dump_json, write_atomic
+    from kineticlip.list_eval import listed_videos
     from kineticlip.protocols import describe_splits, over_splits
 
     if args.list is not None or args.labels is not None:
         raise UserError(
             "--split brings its own list and class names; leave out --list and --labels"
         )
-    out, summaries = Path(args.out) if args.out else None, []
-    for number, (listing, labels) in enumerate(args.split, 1):
+    configs = []
+    for listing, labels in args.split:
         args.list, args.labels = listing, labels
-        config = _configured(args)
-        out = out or config.output_dir / "eval"
+        configs.append(_configured(args))
+        listed_videos(configs[-1])  # a mistake in the last list shows before the first is scored
+    out, summaries = Path(args.out) if args.out else configs[0].output_dir / "eval", []
+    for number, config in enumerate(configs, 1):
+        listing = config.data.val_list
         summary = _evaluate(args, config, out / f"split{number}")
         summaries.append(summary)
         if not args.json:
             print(f"split {number}: {listing}")
             print("\n".join(f"  {line}" for line in describe(summary)))
-    assert out is not None
     splits = [{"list": listing, "labels": labels} for listing, labels in args.split]
     combined = over_splits(summaries)
     document = {"splits": splits, "over_splits": combined}
@@ -167,10 +169,10 @@ def _configured(args: argparse.Namespace) -> Config:
 
 
 def _evaluate(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
+    from kineticlip.list_eval import ListOptions, evaluate_list
+
     speed = _share_out(args, config, out) if args.num_processes is not None else None
-    return evaluate_list(
-        config,
-        out,
+    options = ListOptions(
         limit=args.limit,
         fresh=args.fresh and speed is None,
         keep_scores=args.scores,
@@ -179,18 +181,19 @@ def _evaluate(args: argparse.Namespace, config: Config, out: Path) -> dict[str, 
         metrics=args.metrics,
         official_processes=args.official_processes,
         official_batch=args.official_batch,
-        speed=speed,
     )
+    return evaluate_list(config, out, options, speed=speed)
 
 
 def _share_out(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
     """Has all videos scored by several processes; gives their speed."""
     import shutil
 
+    from kineticlip.list_eval import listed_videos
     from kineticlip.parallel_eval import PARTS, evaluate_in_processes
     from kineticlip.results import remove_results
 
-    _, listed = _listed(config)
+    _, listed = listed_videos(config)
     if args.fresh:
         remove_results(out)
         shutil.rmtree(out / PARTS, ignore_errors=True)
@@ -203,145 +206,6 @@ def _share_out(args: argparse.Namespace, config: Config, out: Path) -> dict[str,
         settings={"limit": args.limit, "keep_scores": args.scores or bool(args.metrics)},
         progress=not args.json,
     )
-
-
-def _listed(config: Config) -> tuple[tuple[str, ...], VideoList]:
-    """Class names and videos of a configuration."""
-    from kineticlip.dataset import read_labels, scoring_list
-    from kineticlip.errors import UserError
-
-    if not config.data.labels:
-        raise UserError("data.labels is not set: give --labels a label file or a built-in name")
-    class_names = read_labels(config.data.labels)
-    return class_names, scoring_list(config, len(class_names))
-
-
-def evaluate_list(
-    config: Config,
-    out: Path,
-    *,
-    limit: int | None = None,
-    fresh: bool = False,
-    keep_scores: bool = False,
-    thumbnails: int = 0,
-    quiet: bool = False,
-    metrics: Sequence[str] = (),
-    official_processes: int = 8,
-    official_batch: int = 1,
-    share: Sequence[str] | None = None,
-    whole: Path | None = None,
-    speed: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Scores data.val_list into the folder `out` and returns the summary.
-
-    share: only these videos of the list, for a part of the run in the folder `whole`; gives the
-    speed then, and no result files. speed: of the processes that have scored the list already.
-
-    metrics: names of protocols.PROTOCOLS, whose numbers become the summary's `extra`; they need
-    every score, so scores are kept. The last two are settings of the official runs to compare with.
-    """
-    from kineticlip.device_loader import DeviceLoader, why_not_on_device
-    from kineticlip.errors import UserError
-    from kineticlip.evaluate import evaluate_videos
-    from kineticlip.feature_cache import FeatureViews, open_store
-    from kineticlip.inference import make_steady
-    from kineticlip.loader import TestLoader
-    from kineticlip.measure import machine_record
-    from kineticlip.parallel_eval import check_same_run
-    from kineticlip.predictor import compare_first, load_recognizer, pick_device
-    from kineticlip.protocols import check_protocols, collect, measure
-    from kineticlip.results import ResultWriter, protocol_fingerprint, remove_results
-
-    class_names, listed = _listed(config)
-    entries = listed.entries[:limit]
-    if not entries:
-        raise UserError(f"{config.data.val_list}: no video to score; {listed.summary()}")
-    check_protocols(metrics, entries)
-    if listed.empty or listed.short:
-        print(listed.summary(), file=sys.stderr)
-    recognizer = load_recognizer(
-        config, class_names, device=pick_device(), with_reference=not config.data.features
-    )
-    listing = [(entry.name, entry.label) for entry in entries]
-    protocol = protocol_fingerprint(
-        config, listing, class_names=class_names, weights=recognizer.weights
-    )
-    if fresh:
-        remove_results(out)
-    with ResultWriter.open(
-        out,
-        protocol,
-        entries=listing,
-        class_names=class_names,
-        keep_scores=keep_scores or bool(metrics),
-    ) as writer:
-        if whole is not None:
-            check_same_run(whole, out)
-        wanted = None if share is None else set(share)
-        todo = [
-            entry
-            for entry in entries
-            if entry.name not in writer.done and (wanted is None or entry.name in wanted)
-        ]
-        if recognizer.classifier is not None:
-            writer.save_classifier(recognizer.classifier.numpy())
-        loader: TestLoader | FeatureViews | DeviceLoader
-        decoding = "features"
-        if config.data.features:
-            store = open_store(config, recognizer.method, recognizer.model)
-            loader, thumbnails = FeatureViews(store, todo), 0
-        else:
-            rules = recognizer.method.pipeline
-            decoding = why_not_on_device(config, recognizer.device, pipeline=rules)
-            if decoding:
-                loader = TestLoader(todo, config, pipeline=rules)
-            else:
-                loader = DeviceLoader(todo, config, device=recognizer.device, pipeline=rules)
-                decoding = loader.choice
-        chunk, tower = recognizer.chunk, ["features"]
-        extra: dict[str, Any] = {}
-        stream: Iterable[VideoViews | BadVideo] = loader
-        if todo and not config.data.features:
-            if recognizer.reference is not None:
-                stream, extra[config.eval.precision] = compare_first(recognizer, loader)
-            views = config.data.num_frames * config.test.clips * config.test.crops
-            chunk, tower = make_steady(
-                recognizer.model,
-                config,
-                device=recognizer.device,
-                chunk=chunk,
-                images=views * len(todo),
-            )
-        clock = evaluate_videos(
-            recognizer.model,
-            recognizer.method,
-            stream,
-            writer,
-            total=len(todo),
-            device=recognizer.device,
-            chunk=chunk,
-            tower=", ".join(tower),
-            thumbnails=thumbnails,
-            one_by_one=config.eval.deterministic,
-            progress=not quiet and bool(todo),
-        )
-        here: dict[str, Any] = {**clock.summary(), "decoding": decoding}
-        if isinstance(loader, DeviceLoader) and loader.notes:
-            here["decoded_on_cpu"] = dict(loader.notes.most_common())
-        if share is not None:
-            return {**here, "extra": extra}
-        speed = dict(speed or here)
-        extra.update(speed.pop("extra", {}))
-        if listed.empty:
-            extra["entries_without_frames"] = len(listed.empty)
-        if listed.short:
-            extra["entries_left_out_as_short"] = len(listed.short)
-        if metrics:
-            found = collect(
-                writer.scores(), entries, world_size=official_processes, batch_size=official_batch
-            )
-            extra |= measure(metrics, found)
-        return writer.finish(machine=machine_record(), speed=speed, extra=extra)
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
