@@ -194,3 +194,31 @@ def test_an_old_file_counts_steps_in_plain_numbers(tmp_path: Path, runs: dict[st
     state = read_optimiser(changed(runs["evl"][0], tmp_path / "old.pth", plain))
     assert (state.step, state.next_step) == (STOP, STOP)
     assert state.settings["num_steps"] == 5 and state.settings["lr"] == 4e-4
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_masters_of_a_bf16_run_take_the_moments_unrounded(
+    tmp_path: Path,
+    device: torch.device,
+    runs: dict[str, Run],
+    stage: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    state = read_optimiser(runs["evl"][0])
+    seen: list[str] = []
+
+    def look(run: Any, loader: Any) -> None:
+        for name, parameter in run.engine.module.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
+                found = safe_get_full_optimizer_state(parameter, moment)
+                assert torch.equal(found, state.moments[moment][name]), (name, moment)
+                seen.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train._Run, "to_the_end", look)
+    options = (f"train.zero_stage={stage}", "train.precision=bf16")
+    with pytest.raises(KeyboardInterrupt):
+        go_on("evl", runs["evl"][0], tmp_path, *options, ranks=Ranks(), device=device)
+    assert len(seen) == 2 * len(state.moments["exp_avg"]) > 60
