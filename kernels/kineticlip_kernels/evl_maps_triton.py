@@ -38,20 +38,16 @@ def _log_sums(
     q_ptr,  # [B, T, N, H, K], strided, from the first patch on
     k_ptr,  # the same, strides equal
     out_ptr,  # fp32 [2, B, T - 1, H, P]
-    stride_b,
-    stride_t,
-    stride_n,
-    stride_h,
-    clips,
-    pairs,  # T - 1
-    heads,
-    patches,
+    strides,  # of q and k: B, T, N, H
+    sizes,  # B, T - 1, H, P
     scale,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    stride_b, stride_t, stride_n, stride_h = strides
+    clips, pairs, heads, patches = sizes
     pair, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     back = pair < clips * pairs  # direction 0
     frame = (pair // pairs % clips) * stride_b + (pair % pairs) * stride_t + head * stride_h
@@ -78,20 +74,16 @@ def _maps(
     k_ptr,
     log_sum_ptr,  # fp32 [2, B, T - 1, H, P]
     out_ptr,  # [2, B, T - 1, P, P]
-    stride_b,
-    stride_t,
-    stride_n,
-    stride_h,
-    clips,
-    pairs,
-    heads,
-    patches,
+    strides,
+    sizes,
     scale,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    stride_b, stride_t, stride_n, stride_h = strides
+    clips, pairs, heads, patches = sizes
     pair = tl.program_id(0).to(tl.int64)
     back = pair < clips * pairs
     frame = (pair // pairs % clips) * stride_b + (pair % pairs) * stride_t
@@ -138,14 +130,8 @@ def _grad_q(
     grad_ptr,  # [2, B, T - 1, P, P]
     mean_ptr,  # fp32 [2, B, T - 1, H, P], written: sum_r weight * grad of every score row
     grad_q_ptr,  # [B, T, N, H, K] from the first patch on, contiguous
-    stride_b,
-    stride_t,
-    stride_n,
-    stride_h,
-    clips,
-    pairs,
-    heads,
-    patches,
+    strides,
+    sizes,
     scale,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -153,6 +139,8 @@ def _grad_q(
     BLOCK_R: tl.constexpr,
 ):
     """dq_p = scale sum_r weight (g / H - sum_r weight g / H) k_r, over both neighbours."""
+    stride_b, stride_t, stride_n, stride_h = strides
+    clips, pairs, heads, patches = sizes
     image, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     clip, frame = image // (pairs + 1), image % (pairs + 1)
     here = clip * stride_b + frame * stride_t + head * stride_h
@@ -200,14 +188,8 @@ def _grad_k(
     grad_ptr,  # [2, B, T - 1, P, P]
     mean_ptr,  # fp32 [2, B, T - 1, H, P], what _grad_q wrote
     grad_k_ptr,  # [B, T, N, H, K] from the first patch on, contiguous
-    stride_b,
-    stride_t,
-    stride_n,
-    stride_h,
-    clips,
-    pairs,
-    heads,
-    patches,
+    strides,
+    sizes,
     scale,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -215,6 +197,8 @@ def _grad_k(
     BLOCK_R: tl.constexpr,
 ):
     """dk_r = scale sum_p weight (g / H - mean_p) q_p, over both neighbours."""
+    stride_b, stride_t, stride_n, stride_h = strides
+    clips, pairs, heads, patches = sizes
     image, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     clip, frame = image // (pairs + 1), image % (pairs + 1)
     here = clip * stride_b + frame * stride_t + head * stride_h
@@ -262,7 +246,7 @@ def _forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     log_sums = launch.empty(2, clips, pairs, heads, patches, dtype=torch.float32, device=q.device)
     if maps.numel() == 0:
         return maps, log_sums
-    arguments = (*q.stride()[:4], clips, pairs, heads, patches, width**-0.5)
+    arguments = (q.stride()[:4], (clips, pairs, heads, patches), width**-0.5)
     shape = {"K": width, "BLOCK_K": max(power_of_two(width), 16)}
     block = blocks("neighbour_log_sums", q.device)
     _log_sums[(2 * clips * pairs, heads, ceil_div(patches, block["BLOCK_P"]))](
@@ -289,7 +273,7 @@ def _backward(
     grad_q[:, :, 0] = 0
     grad_k[:, :, 0] = 0
     grad, mean = grad.contiguous(), torch.empty_like(log_sums)
-    arguments = (*q.stride()[:4], clips, pairs, heads, patches, width**-0.5)
+    arguments = (q.stride()[:4], (clips, pairs, heads, patches), width**-0.5)
     shape = {"K": width, "BLOCK_K": max(power_of_two(width), 16)}
     block = blocks("neighbour_gradients", q.device)
     steps = {name: ceil_div(patches, block[name]) for name in ("BLOCK_P", "BLOCK_R")}
