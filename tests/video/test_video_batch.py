@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from video_clips import number_of, read_plainly
 
 import kineticlip.video.batch as module
@@ -122,6 +123,41 @@ def test_frames_of_a_turned_video_are_turned_on_the_device(
         (found,) = reader.read([Request(video=video, numbers=(7, 8))])
     assert isinstance(found, Decoded) and found.decoder == "torchcodec"
     np.testing.assert_array_equal(found.frames.numpy(), video.read([7, 8]))
+
+
+def test_folders_of_jpegs_are_decoded_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI on the CPU in the GPU's place: Pillow's bytes; a damaged file goes back and is named."""
+    decoder = DaliDecoder(batch=2, num_threads=2, device_id=None)
+    monkeypatch.setattr(module, "make_stream_decoder", lambda *_, **__: (decoder, "a test"))
+    folders = {}
+    for name in ("whole", "damaged", "uneven", "png"):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        for number in range(70):  # more than one run
+            width = 40 if (name, number) == ("uneven", 5) else 50
+            pixels = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+            turned = Image.Exif()
+            turned[0x0112] = 6
+            path = folders[name] / f"img_{number:05d}.{'png' if name == 'png' else 'jpg'}"
+            Image.fromarray(pixels).resize((width, 30)).save(path, exif=turned)
+    damaged = folders["damaged"] / "img_00005.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    videos = {
+        name: open_video(folder, frame_template=f"img_{{:05d}}.{'png' if name == 'png' else 'jpg'}")
+        for name, folder in folders.items()
+    }
+    requests = [Request(video=videos["whole"], numbers=tuple(range(70)))]
+    requests += [Request(video=videos[name], numbers=(5,)) for name in ("damaged", "uneven", "png")]
+    with BatchReader(device="cpu", num_threads=2) as reader:
+        whole, broken, uneven, png = reader.read(requests)
+    assert isinstance(whole, Decoded) and (whole.decoder, whole.notes) == ("dali", ())
+    np.testing.assert_array_equal(whole.frames.numpy(), videos["whole"].read(range(70)))
+    assert isinstance(broken, VideoError) and "img_00005.jpg" in broken.path
+    assert isinstance(uneven, VideoError) and "is 40 x 30" in uneven.reason
+    assert isinstance(png, Decoded) and png.decoder == "folder"
+    assert png.notes == ("not dali: png is left to the CPU",)
 
 
 def test_which_files_nvdec_takes(clip: Clip) -> None:

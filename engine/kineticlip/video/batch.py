@@ -1,7 +1,8 @@
 """Batches of videos to frames on a device, by the decoder that is best there.
 
 Files are trimmed in threads, grouped by codec and size (a decoder session serves one size), and
-decoded there; files the decoder lacks are decoded on the CPU and copied.
+decoded there; files the decoder lacks are decoded on the CPU and copied. With DALI on a GPU,
+folders of JPEG images are decoded there as well.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kineticlip.errors import UserError, did_you_mean
 from kineticlip.video import torchcodec
 from kineticlip.video.container import Unsuitable, VideoError
 from kineticlip.video.dali import DaliDecoder
+from kineticlip.video.dali_images import SUFFIXES, DaliImages
 from kineticlip.video.decode import DECODERS, VideoSource
 from kineticlip.video.probe import Probe
 from kineticlip.video.trim import Trimmed, trim
@@ -93,6 +95,13 @@ class Decoded:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Images:
+    """The bytes of the wanted images of a folder."""
+
+    files: list[bytes]
+
+
 def why_not_on_gpu(probe: Probe, decoder: str, capability: tuple[int, int]) -> str:
     """Why NVDEC through this decoder does not take a file; "" where it should.
 
@@ -166,6 +175,7 @@ class BatchReader:
     ) -> None:
         self._device = device
         self._batch = batch
+        self._num_threads = num_threads
         self._streams, self.reason = make_stream_decoder(
             decoder, device=device, batch=batch, num_threads=num_threads
         )
@@ -184,6 +194,8 @@ class BatchReader:
         self._pool.shutdown()
         if self._streams is not None:
             self._streams.close()
+        if "_images" in self.__dict__:
+            self._images.close()
 
     def read(self, requests: Sequence[Request]) -> list[Decoded | VideoError]:
         """The frames of each request, in its place; a VideoError where a video cannot be read.
@@ -199,22 +211,47 @@ class BatchReader:
             results_of = dict(zip(streams, self._decode(list(streams.values())), strict=True))
             for index, job in started.items():
                 request, frames = requests[index], results_of.get(index)
+                if isinstance(job, _Images):
+                    frames = self._pictures(request.video, job)
                 if isinstance(frames, Unsuitable):
                     results[index] = self._on_cpu(request, str(frames), here)
                 elif frames is not None:
                     turned = request.video.probe.orientation.apply(frames).contiguous()
                     results[index] = Decoded(frames=turned, decoder=self.decoder, notes=())
-                elif not isinstance(job, Trimmed):
+                elif not isinstance(job, (Trimmed, _Images)):
                     results[index] = job
         return [result for result in results if result is not None]
 
     def _decode(self, streams: list[Trimmed]) -> list[Any]:
         return self._streams.decode(streams) if self._streams is not None and streams else []
 
-    def _start(self, request: Request, here: Stream) -> Trimmed | Decoded | VideoError:
-        """What can be done in a thread: the trimmed stream, or all of it where the CPU decodes."""
+    @cached_property
+    def _images(self) -> DaliImages:
+        index = int(self._device.partition(":")[2] or 0) if self._capability != (0, 0) else None
+        return DaliImages(num_threads=self._num_threads, device_id=index)
+
+    def _pictures(self, video: VideoSource, images: _Images) -> torch.Tensor | Unsuitable:
+        try:
+            pictures = self._images.decode(images.files)
+        except Unsuitable as error:
+            return error
+        if pictures.shape[1:3] != (video.height, video.width):
+            return Unsuitable("its images differ in size")  # the CPU's way names the one
+        return pictures
+
+    def _start(self, request: Request, here: Stream) -> Trimmed | _Images | Decoded | VideoError:
+        """What can be done in a thread: the trimmed stream or the images' bytes to be decoded.
+
+        Where the CPU decodes, all of it.
+        """
         if self._streams is None:
             return self._on_cpu(request, "", here)
+        files = [request.video.files[number] for number in request.numbers if request.video.files]
+        if files and self.decoder == "dali" and all(f.suffix.lower() in SUFFIXES for f in files):
+            try:
+                return _Images([file.read_bytes() for file in files])
+            except OSError as error:
+                return VideoError(request.video.path, str(error))
         probe = request.video.probe
         reason = why_not_on_gpu(probe, self.decoder, self._capability)
         if not reason:

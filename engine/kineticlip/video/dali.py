@@ -65,7 +65,7 @@ class DaliDecoder:
                 self._pipeline.set_outputs(frames)
             self._pipeline.build()
         except RuntimeError as error:
-            raise Unsuitable(f"DALI: {_reason(error)}") from None
+            raise Unsuitable(f"DALI: {reason_of(error)}") from None
 
     def decode(self, streams: Sequence[Trimmed]) -> list[Any]:
         """One torch tensor uint8 [n, H, W, 3] a stream, on the device, not yet turned upright.
@@ -80,7 +80,7 @@ class DaliDecoder:
             except RuntimeError as error:
                 # One bad stream fails its whole batch without a name; the pipeline survives.
                 if len(some) == 1:
-                    results.append(Unsuitable(f"DALI: {_reason(error)}"))
+                    results.append(Unsuitable(f"DALI: {reason_of(error)}"))
                 else:
                     results.extend(result for stream in some for result in self.decode([stream]))
         return results
@@ -106,7 +106,7 @@ class DaliDecoder:
         return copies
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The line of DALI's long message that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for row, line in enumerate(lines):

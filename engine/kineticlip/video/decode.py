@@ -28,13 +28,23 @@ class VideoSource:
     """An open video: facts, and `read`. No file stays open; reads may run in several threads.
 
     num_frames: pictures a sequential decode hands out. width, height: upright. decoder: the name of
-    the one in use. notes: why it is not the preferred one, in the order of the decisions.
+    the one in use. notes: why it is not the preferred one, in the order of the decisions. files:
+    the images of a folder, by frame number; empty for a video file.
     """
 
-    def __init__(self, scan: Scan, decoder: str, notes: Sequence[str], reader: Reader) -> None:
+    def __init__(
+        self,
+        scan: Scan,
+        decoder: str,
+        notes: Sequence[str],
+        reader: Reader,
+        *,
+        files: Sequence[Path] = (),
+    ) -> None:
         self.probe = scan.probe
         self.decoder = decoder
         self.notes = list(notes)
+        self.files = tuple(files)
         self._scan = scan
         self._reader = reader
         self._lock = threading.Lock()
@@ -164,5 +174,9 @@ def _open_folder(path: str | Path, template: str) -> VideoSource:
         why_in_sequence="",
     )
     return VideoSource(
-        Scan(probe=probe), "folder", [], lambda _, numbers: read_folder(files, numbers)
+        Scan(probe=probe),
+        "folder",
+        [],
+        lambda _, numbers: read_folder(files, numbers),
+        files=files,
     )
