@@ -61,7 +61,7 @@ def official_state(path: str, config: Config, ranks: Ranks) -> OptimiserState:
         key, here = ours[name]
         if (tuple(there) if isinstance(there, list) else there) != here and ranks.is_first:
             note = f"{path}: {key} was {there} there; this run goes on with {here}"
-            print(note, file=sys.stderr)  # DeepSpeed turns warnings of the root logger off
+            print(note, file=sys.stderr)
     return state
 
 

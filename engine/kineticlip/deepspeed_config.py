@@ -175,6 +175,20 @@ def _merged(below: Json, above: Mapping[str, Any]) -> Json:
 
 
 @contextlib.contextmanager
+def linear_restored() -> Iterator[None]:
+    """Puts torch.nn.functional.linear back, however the block ends.
+
+    Stage 3 replaces it for the life of the process, by one whose gradients are wrong under
+    torch.compile (0.19.8).
+    """
+    linear = nn.functional.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = linear
+
+
+@contextlib.contextmanager
 def scalars_apart(model: nn.Module, *, stage: int) -> Iterator[None]:
     """Carries parameters without dimensions (CLIP's logit scale) past DeepSpeed's first broadcast.
 

@@ -29,7 +29,12 @@ from kineticlip.average import WeightAverage
 from kineticlip.batch import Batch
 from kineticlip.checkpoint import Progress
 from kineticlip.config import Config
-from kineticlip.deepspeed_config import accumulation_steps, deepspeed_settings, scalars_apart
+from kineticlip.deepspeed_config import (
+    accumulation_steps,
+    deepspeed_settings,
+    linear_restored,
+    scalars_apart,
+)
 from kineticlip.distributed import Ranks, barrier
 from kineticlip.errors import UserError
 from kineticlip.journal import Journal, dump_json, write_atomic
@@ -86,6 +91,7 @@ def check_settings(config: Config, *, world_size: int, cuda: bool) -> None:
         )
 
 
+@linear_restored()
 def train(
     config: Config,
     method: Method,
@@ -134,7 +140,6 @@ def train(
     frozen = _frozen_copies(model) if _shares_out(config) and ranks.is_first else {}
     originals = method.prepare(model, config)
     frozen |= originals if ranks.is_first else {}
-    linear = nn.functional.linear
     engine = start_engine(config, model, optimizer, ranks=ranks, device=device)
     _seed(config.seed + ranks.rank)
     progress = Progress(epoch_length=len(loader))
@@ -190,7 +195,6 @@ def train(
         barrier()
     finally:
         run.close()
-        nn.functional.linear = linear  # stage 3 puts another in its place, wrong under compile
     return Outcome(
         step=run.progress.step,
         weights=config.output_dir / WEIGHTS,

@@ -27,6 +27,17 @@ def load() -> Any:
     return dali
 
 
+def new_pipeline(batch: int, num_threads: int, device_id: int | None) -> Any:
+    """An empty pipeline that is fed by hand, one run at a time; device_id None is the CPU."""
+    return load().Pipeline(
+        batch_size=batch,
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+
+
 class DaliDecoder:
     """Decodes batches of trimmed streams; not for several threads at once.
 
@@ -46,13 +57,7 @@ class DaliDecoder:
         dali = load()
 
         try:
-            self._pipeline = dali.Pipeline(
-                batch_size=batch,
-                num_threads=num_threads,
-                device_id=device_id,
-                prefetch_queue_depth=1,
-                exec_dynamic=True,
-            )
+            self._pipeline = new_pipeline(batch, num_threads, device_id)
             with self._pipeline:
                 uint8, int32 = dali.types.UINT8, dali.types.INT32
                 frames = dali.fn.decoders.video(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kineticlip.video.container import Unsuitable
-from kineticlip.video.dali import load, reason_of
+from kineticlip.video.dali import load, new_pipeline, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,13 +34,7 @@ class DaliImages:
         self.batch = batch
         self._device_id = device_id
         try:
-            self._pipeline = dali.Pipeline(
-                batch_size=batch,
-                num_threads=num_threads,
-                device_id=device_id,
-                prefetch_queue_depth=1,
-                exec_dynamic=True,
-            )
+            self._pipeline = new_pipeline(batch, num_threads, device_id)
             with self._pipeline:
                 pictures = dali.fn.decoders.image(
                     dali.fn.external_source(name="data", dtype=dali.types.UINT8, ndim=1),
