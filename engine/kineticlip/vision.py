@@ -56,6 +56,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(shape.tokens, width))
         if joint_frames:
             self.time_embedding = nn.Parameter(torch.empty(joint_frames, width))
+        self.kernels = kernels
         self.conv1 = PatchProjection(shape, kernels=kernels)
         self.embedding_drop_out = nn.Dropout(embedding_drop_out)
         self.ln_pre = LayerNorm(width, kernels=kernels)

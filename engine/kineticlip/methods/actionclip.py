@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kineticlip.batch import Batch, VideoViews
 from kineticlip.config import Config
 from kineticlip.errors import UserError
+from kineticlip.methods.head import kernels_of, unit_logits, unit_means, unit_videos
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, video_model
@@ -22,7 +23,6 @@ from kineticlip.methods.text_side import adopt_text_tower, own_text_tower
 from kineticlip.methods.trunk import (
     FrozenTensors,
     apply_header,
-    cosine_logits,
     embed_views,
     encode_frames,
     two_rates,
@@ -30,6 +30,7 @@ from kineticlip.methods.trunk import (
 from kineticlip.prompts import expand_templates, render
 from kineticlip.text import BATCH, encode_text, tokenize
 from kineticlip.weights import resolve_weights
+from kineticlip_kernels.head import mean_softmax
 
 
 class ActionCLIP(nn.Module):
@@ -65,24 +66,23 @@ class ActionCLIP(nn.Module):
 
         In training each clip gets one sentence of its class, in a template drawn at random.
         """
-        frames = encode_frames(self.visual, pixels)
-        videos = apply_header(self.fusion_model, frames).mean(dim=1)  # [B, E]
+        frames = apply_header(self.fusion_model, encode_frames(self.visual, pixels))  # [B, T, E]
+        videos = unit_means(frames, kernels=kernels_of(self))  # [B, E]
         if labels is None:
             return self.probabilities(videos)
         draw = torch.randint(len(self.tokens), labels.shape).to(labels.device)
         sentences = encode_text(self, self.tokens[draw, labels]).float()  # [B, E]
-        videos, sentences, labels = gather(videos.float()), gather(sentences), gather(labels)
+        videos, sentences, labels = gather(videos), gather(sentences), gather(labels)
         scale = self.logit_scale.float().exp()
-        logits = cosine_logits(videos, F.normalize(sentences, dim=-1), scale)  # [N, N]
+        logits = unit_logits(videos, F.normalize(sentences, dim=-1), scale)  # [N, N]
         hits = labels[logits.detach().argmax(dim=1)] == labels
         return matching_loss(logits, labels), hits.float().mean()
 
     def probabilities(self, videos: Tensor) -> Tensor:
-        """Video embeddings [B, E] -> [B, C]: the mean over the templates of each one's softmax."""
+        """Unit embeddings [B, E] -> [B, C]: the mean over the templates of each one's softmax."""
         rows = self.class_rows()  # [P, C, E]
-        logits = cosine_logits(videos, rows.flatten(0, 1), TEST_SCALE)  # [B, P * C]
-        scores: Tensor = logits.unflatten(1, rows.shape[:2]).softmax(dim=-1)  # [B, P, C]
-        return scores.mean(dim=1)
+        logits = unit_logits(videos, rows.flatten(0, 1), TEST_SCALE)  # [B, P * C]
+        return mean_softmax(logits.unflatten(1, rows.shape[:2]), impl=kernels_of(self))
 
     def class_rows(self) -> Tensor:
         """Unit features of every sentence [P, C, E]; encoded once after the last step."""
@@ -128,7 +128,7 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """Probabilities [len(videos), C] from the mean of a video's raw view embeddings."""
     assert isinstance(model, ActionCLIP)
     views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
-    return model.probabilities(torch.stack([rows.mean(dim=0) for rows in views]))
+    return model.probabilities(unit_videos(views, kernels=kernels_of(model)))
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

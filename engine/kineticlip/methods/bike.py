@@ -17,12 +17,14 @@ from kineticlip.batch import Batch, VideoViews
 from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.methods.contrastive import class_tokens, online_tower
+from kineticlip.methods.head import average_views, kernels_of, unit_means
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, param_groups, video_model
 from kineticlip.methods.trunk import FrozenTensors, apply_header, encode_frames, encode_views
 from kineticlip.text import BATCH, encode_tokens
 from kineticlip.weights import resolve_weights
+from kineticlip_kernels.head import mean_softmax
 
 Interaction = Literal["dp", "vcs"]
 Scores = Literal["head", "frames"]
@@ -75,7 +77,7 @@ class BikeCLIP(nn.Module):
             frames = apply_header(self.fusion_model, frames).float()
             sentences = self._frozen("sentences", classes)
             if self.interaction == "dp":
-                return F.normalize(frames.mean(dim=1), dim=-1) @ sentences.T
+                return unit_means(frames, kernels=kernels_of(self)) @ sentences.T
             return concept_spotting(frames, self._frozen("words", classes), sentences)
 
     def frame_scores(self, frames: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class BikeCLIP(nn.Module):
         are not normalised: their length, about 10 for CLIP, sharpens the softmax.
         """
         logits = TEST_SCALE * frames.float() @ self._frozen("sentences", None).T  # [V, T, C]
-        return logits.softmax(dim=-1).mean(dim=(0, 1))
+        return mean_softmax(logits.flatten(0, 1)[None], impl=kernels_of(self))[0]
 
     def _frozen(self, name: str, classes: Tensor | None) -> Tensor:
         rows = cast(Tensor, getattr(self.frozen, name))
@@ -153,8 +155,12 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     frames = encode_views(model.visual, videos, chunk, per_clip=model.per_clip)  # [V, T, E] each
     if model.scores == "frames":
         return torch.stack([model.frame_scores(rows) for rows in frames])
-    views = [model.similarity(rows).softmax(dim=-1).mean(dim=0) for rows in frames]
-    return torch.stack(views).softmax(dim=-1)
+    means = average_views(
+        torch.cat([model.similarity(rows) for rows in frames]),
+        [len(rows) for rows in frames],
+        kernels=kernels_of(model),
+    )
+    return means.softmax(dim=-1)
 
 
 BIKE = Method(build=build, loss=loss, score=score, param_groups=param_groups, pipeline="bike")

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from kineticlip.batch import VideoViews
-from kineticlip_kernels.dispatch import Impl
-from kineticlip_kernels.head import mean_softmax
 
 
 def distinct_clips(video: VideoViews) -> tuple[Tensor, Tensor]:
@@ -41,14 +39,3 @@ def embed_distinct(
     embeddings = torch.cat([encode(batch).float() for batch in batches])
     parts = embeddings.split([len(pixels) for pixels, _ in pairs])
     return [rows[place] for rows, (_, place) in zip(parts, pairs, strict=True)]
-
-
-def view_scores(views: Sequence[Tensor], logits: Callable[[Tensor], Tensor]) -> Tensor:
-    """Probabilities [videos, C]: the mean over each video's views [n, E] of their softmax."""
-    return average_views(logits(torch.cat(list(views))), [len(rows) for rows in views])
-
-
-def average_views(logits: Tensor, counts: Sequence[int], *, kernels: Impl = "auto") -> Tensor:
-    """The same from logits [views, C] of all videos; counts: how many views each of them has."""
-    videos = [part.unsqueeze(0) for part in logits.split(list(counts))]  # [1, n, C] each
-    return torch.cat([mean_softmax(video, impl=kernels) for video in videos])

@@ -16,13 +16,13 @@ from kineticlip.batch import Batch, VideoViews
 from kineticlip.classifier import build_classifier, text_weights
 from kineticlip.config import Config, ContrastiveConfig
 from kineticlip.errors import UserError
+from kineticlip.methods.head import class_loss, kernels_of, unit_logits, unit_means, unit_videos
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, video_model
 from kineticlip.methods.trunk import (
     FrozenTensors,
     apply_header,
-    cosine_logits,
     embed_views,
     encode_frames,
     two_rates,
@@ -76,21 +76,19 @@ class ContrastiveCLIP(nn.Module):
 
     def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Any:
         """pixels [B, T, 3, S, S] -> logits [B, C]; with labels [B] the loss and the accuracy."""
-        frames = encode_frames(self.visual, pixels)
-        videos = apply_header(self.fusion_model, frames).mean(dim=1)  # [B, E]
+        kernels = kernels_of(self)
+        frames = apply_header(self.fusion_model, encode_frames(self.visual, pixels))  # [B, T, E]
+        videos = unit_means(frames, kernels=kernels)  # [B, E]
         scale = self.logit_scale.float().exp()
         if labels is None:
-            return cosine_logits(videos, self.class_rows(), scale)
+            return unit_logits(videos, self.class_rows(), scale)
         if self.options.loss == "ce":
             every = torch.arange(self.num_classes, device=labels.device)
-            logits = cosine_logits(videos, self.sentences(every), scale)  # [B, C]
-            hits = logits.detach().argmax(dim=1) == labels
-            return F.cross_entropy(logits, labels), hits.float().mean()
-        videos = F.normalize(videos.float(), dim=-1)
+            return class_loss(videos, self.sentences(every), labels, scale, kernels=kernels)
         sentences = self.sentences(labels)  # [B, E]
         if self.options.gather:
             videos, sentences, labels = gather(videos), gather(sentences), gather(labels)
-        logits = cosine_logits(videos, sentences, scale)  # [N, N]
+        logits = unit_logits(videos, sentences, scale)  # [N, N]
         hits = labels[logits.detach().argmax(dim=1)] == labels
         loss = matching_loss(logits, labels, dual=self.options.loss == "ds")
         return loss, hits.float().mean()
@@ -174,8 +172,8 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """As Text4Vis: probabilities [len(videos), C] from the mean of the raw view embeddings."""
     assert isinstance(model, ContrastiveCLIP)
     views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
-    means = torch.stack([rows.mean(dim=0) for rows in views])  # [videos, E]
-    return cosine_logits(means, model.class_rows(), TEST_SCALE).softmax(dim=-1)
+    units = unit_videos(views, kernels=kernels_of(model))
+    return unit_logits(units, model.class_rows(), TEST_SCALE).softmax(dim=-1)
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

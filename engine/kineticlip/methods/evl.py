@@ -20,10 +20,9 @@ from kineticlip.batch import VideoViews
 from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.formats import load_into, read_checkpoint
-from kineticlip.methods.clips import average_views
 from kineticlip.methods.evl_decoder import Decoder, DecoderShape, decoder_shape
+from kineticlip.methods.head import average_views, cross_entropy, kernels_of
 from kineticlip.methods.method import Method
-from kineticlip.methods.text4vis import loss
 from kineticlip.methods.trunk import build_visual, seeded
 from kineticlip.transformer import LayerNorm, Tap
 from kineticlip.vision import VisionTransformer
@@ -193,7 +192,7 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
         for distinct, index in packs(numbers, chunk)
     ]
     counts = [video.num_views for video in videos]
-    return average_views(torch.cat(logits), counts, kernels=model.visual.ln_pre.kernels)
+    return average_views(torch.cat(logits), counts, kernels=kernels_of(model))
 
 
 def number_images(videos: Sequence[VideoViews]) -> tuple[Tensor, Tensor]:
@@ -276,7 +275,7 @@ def cast_trunk(model: nn.Module, config: Config) -> dict[str, Tensor]:
 
 EVL_METHOD = Method(
     build=build,
-    loss=loss,
+    loss=cross_entropy,
     score=score,
     param_groups=param_groups,
     prepare=cast_trunk,

@@ -23,9 +23,9 @@ from kineticlip.classifier import build_classifier
 from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.methods.clips import embed_distinct
+from kineticlip.methods.head import cross_entropy
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.text4vis import LOGIT_SCALE
-from kineticlip.methods.text4vis import loss as cross_entropy
 from kineticlip.methods.trunk import FrozenTensors, build_visual
 from kineticlip.weights import Weights, resolve_weights
 

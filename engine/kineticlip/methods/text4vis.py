@@ -21,12 +21,19 @@ from kineticlip.classifier import Classifier, build_classifier
 from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.formats import load_into
+from kineticlip.methods.head import (
+    class_loss,
+    cross_entropy,
+    kernels_of,
+    unit_logits,
+    unit_means,
+    unit_videos,
+)
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.trunk import (
     FrozenTensors,
     apply_header,
     build_visual,
-    cosine_logits,
     embed_views,
     encode_frames,
     seeded,
@@ -76,14 +83,25 @@ class VideoCLIP(nn.Module):
         self.frozen.classifier = rows.to(self.logit_scale.device)  # [C, E]
         self.class_names = classifier.names
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [B, T, 3, S, S], uint8 or normalised -> float32 logits [B, C]."""
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Any:
+        """pixels [B, T, 3, S, S], uint8 or normalised -> float32 logits [B, C].
+
+        With labels [B] the loss and the accuracy instead.
+        """
+        kernels = kernels_of(self)
+        units = unit_means(self.encode_frames(pixels), kernels=kernels)  # [B, E]
         scale = self.logit_scale.float().exp()
-        return cosine_logits(self.encode_clips(pixels), self.classifier, scale)
+        if labels is None:
+            return unit_logits(units, self.classifier, scale)
+        return class_loss(units, self.classifier, labels, scale, kernels=kernels)
+
+    def encode_frames(self, pixels: Tensor) -> Tensor:
+        """pixels [B, T, 3, S, S] -> frame embeddings behind the header [B, T, E]."""
+        return apply_header(self.fusion_model, encode_frames(self.visual, pixels))
 
     def encode_clips(self, pixels: Tensor) -> Tensor:
         """pixels [B, T, 3, S, S] -> video embeddings [B, E], not normalised."""
-        return apply_header(self.fusion_model, encode_frames(self.visual, pixels)).mean(dim=1)
+        return self.encode_frames(pixels).mean(dim=1)
 
 
 def build(config: Config, class_names: Sequence[str]) -> VideoCLIP:
@@ -167,22 +185,18 @@ def _load_rest(model: VideoCLIP, weights: Weights) -> None:
 
 def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
     """Cross entropy; a clip with several labels spreads its probability evenly over them."""
-    logits: Tensor = model(batch.pixels)  # [B, C]
-    labels = batch.labels
-    top1 = logits.detach().argmax(dim=-1)
-    if labels.is_floating_point():
-        hits = labels.gather(1, top1[:, None]).squeeze(1)
-        labels = labels / labels.sum(dim=1, keepdim=True)
-    else:
-        hits = (top1 == labels).float()
-    return F.cross_entropy(logits, labels), {"accuracy": hits.mean()}
+    if batch.labels.is_floating_point():
+        return cross_entropy(model, batch)
+    value, accuracy = model(batch.pixels, batch.labels)
+    return value, {"accuracy": accuracy}
 
 
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """Probabilities [len(videos), C]: raw view embeddings averaged, then 100 times the cosines."""
     assert isinstance(model, VideoCLIP)
-    means = embed_videos(model, videos, chunk)
-    return cosine_logits(means, model.classifier, TEST_SCALE).softmax(dim=-1)
+    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
+    units = unit_videos(views, kernels=kernels_of(model))
+    return unit_logits(units, model.classifier, TEST_SCALE).softmax(dim=-1)
 
 
 def embed_videos(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:

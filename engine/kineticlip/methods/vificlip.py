@@ -17,10 +17,10 @@ from kineticlip.batch import VideoViews
 from kineticlip.config import Config, ContrastiveConfig
 from kineticlip.errors import UserError
 from kineticlip.methods import contrastive
-from kineticlip.methods.clips import view_scores
 from kineticlip.methods.contrastive import ContrastiveCLIP
+from kineticlip.methods.head import cosine_logits, kernels_of, view_scores
 from kineticlip.methods.method import Method
-from kineticlip.methods.trunk import cosine_logits, embed_views
+from kineticlip.methods.trunk import embed_views
 
 
 def build(config: Config, class_names: Sequence[str]) -> ContrastiveCLIP:
@@ -45,7 +45,8 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     assert isinstance(model, ContrastiveCLIP)
     views = embed_views(model.visual, None, videos, chunk, per_clip=False)
     scale = model.logit_scale.float().exp()
-    return view_scores(views, partial(cosine_logits, rows=model.class_rows(), scale=scale))
+    logits = partial(cosine_logits, rows=model.class_rows(), scale=scale)
+    return view_scores(views, logits, kernels=kernels_of(model))
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

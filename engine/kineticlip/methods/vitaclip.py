@@ -23,13 +23,14 @@ from kineticlip.classifier import SUFFIX, build_classifier
 from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.formats import load_into
-from kineticlip.methods.clips import embed_distinct, view_scores
+from kineticlip.methods.clips import embed_distinct
+from kineticlip.methods.head import cosine_logits, kernels_of, view_scores
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.prompts_text import Placeholders, TextPrompts, clean, new_context
 from kineticlip.methods.prompts_vision import VisionPrompts
 from kineticlip.methods.text4vis import LOGIT_SCALE
 from kineticlip.methods.text_side import adopt_text_tower, own_text_tower, under
-from kineticlip.methods.trunk import FrozenTensors, build_visual, cosine_logits, seeded
+from kineticlip.methods.trunk import FrozenTensors, build_visual, seeded
 from kineticlip.text import encode_embedded
 from kineticlip.weights import Weights, resolve_weights
 
@@ -304,7 +305,8 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     assert isinstance(model, VitaCLIP)
     views = embed_distinct(model.encode_clips, videos, chunk)
     scale = model.logit_scale.float().exp()
-    return view_scores(views, partial(cosine_logits, rows=model.classifier, scale=scale))
+    logits = partial(cosine_logits, rows=model.classifier, scale=scale)
+    return view_scores(views, logits, kernels=kernels_of(model))
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

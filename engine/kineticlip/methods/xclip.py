@@ -19,11 +19,11 @@ from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.formats import load_into
 from kineticlip.methods.clips import distinct_clips
+from kineticlip.methods.head import average_views, cross_entropy, kernels_of
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.prompts_text import clean
 from kineticlip.methods.prompts_vision import BlockPrompts
 from kineticlip.methods.text4vis import LOGIT_SCALE
-from kineticlip.methods.text4vis import loss as cross_entropy
 from kineticlip.methods.text_side import adopt_text_tower, own_text_tower, under
 from kineticlip.methods.trunk import FrozenTensors, build_visual, seeded
 from kineticlip.prompts import expand_templates, render
@@ -312,10 +312,10 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     pairs = [distinct_clips(video) for video in videos]
     clips = torch.cat([pixels for pixels, _ in pairs])
     batches = clips.split(max(1, chunk // clips.shape[1]))
-    every = torch.cat([model(batch).softmax(dim=-1) for batch in batches])  # [clips, C]
-    parts = every.split([len(pixels) for pixels, _ in pairs])
-    means = [rows[place].mean(dim=0) for rows, (_, place) in zip(parts, pairs, strict=True)]
-    return torch.stack(means)
+    logits = torch.cat([model(batch) for batch in batches])  # [clips, C]
+    parts = logits.split([len(pixels) for pixels, _ in pairs])
+    views = [rows[place] for rows, (_, place) in zip(parts, pairs, strict=True)]
+    return average_views(torch.cat(views), [len(rows) for rows in views], kernels=kernels_of(model))
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

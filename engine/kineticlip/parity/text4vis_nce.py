@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from kineticlip.methods.head import cosine_logits
 from kineticlip.methods.nce import divergence, gather, matching_loss
-from kineticlip.methods.trunk import cosine_logits
 from kineticlip.parity.apart import run_apart
 from kineticlip.parity.check import Check, compare, exactly
 from kineticlip.parity.text4vis_files import EMBEDDINGS, LOSSES, Golden
