@@ -1,11 +1,13 @@
-"""Decoding speed: clips made here, every decoder of this machine, frames checked by their barcode.
+"""Decoding speed: clips made here, every decoder of this machine, frames checked by their number.
 
-    python bench/decode.py --json bench/results/decode.json
+    python bench/decode.py --results bench/results
     python bench/decode.py --device cuda --sizes 340x256,1280x720,1920x1080
 
-Each row reads 8 or 32 frames, spread over 300, of many videos at once. `cpu_ms` is process CPU time
-a video, `videos_per_s` counts wall time. "whole" feeds the whole stream, "trimmed" the packets that
-the frames need.
+Each row reads 8 or 32 frames, spread over 300, of several videos at once. The baseline reads a
+video from its first frame to the last one wanted and converts what it keeps, as loaders on PyAV do.
+`cpu_ratio` is its process CPU time over the decoder's, `ratio` the same of wall time: medians over
+rounds that alternate. "whole" feeds a GPU the whole stream, "trimmed" the packets that the frames
+need.
 """
 
 from __future__ import annotations
@@ -17,9 +19,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime, timezone
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import av
@@ -27,6 +33,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernel_results import keep
+from kineticlip.errors import UserError
 from kineticlip.measure import machine_record, software_record
 from kineticlip.video import open_video
 from kineticlip.video.batch import make_stream_decoder
@@ -34,6 +42,9 @@ from kineticlip.video.trim import Trimmed, trim
 
 FRAMES = 300
 BITS, CELL = 9, 16
+GROUPS = (250, 12)  # frames from one key frame to the next: x264's habit, and made for seeking
+COUNTS = (8, 32)  # frames read of a video
+BASELINE = "sequential"
 Run = Callable[[], list[Any]]
 
 
@@ -76,28 +87,50 @@ def number_of(frame: NDArray[np.uint8]) -> int:
     return int(((cells.mean(axis=(0, 2, 3)) > 128) << np.arange(BITS)).sum())
 
 
-def runs(path: Path, numbers: list[int], options: argparse.Namespace) -> Iterator[tuple[str, Run]]:
-    """(name, run) of every decoder; a run reads `videos` videos and returns their frames."""
+def sequential(path: Path, numbers: list[int]) -> list[NDArray[np.uint8]]:
+    """What the decoders are compared with: all up to the last frame, the wanted ones kept."""
+    wanted, found = set(numbers), []
+    with av.open(str(path)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                found.append(frame.to_ndarray(format="rgb24"))
+            if number == max(numbers):
+                break
+    return found
+
+
+def runs(
+    path: Path, numbers: list[int], options: argparse.Namespace, open_decoders: ExitStack
+) -> Iterator[tuple[str, Run | str]]:
+    """(name, run) of every decoder; a run reads `videos` videos and returns their frames.
+
+    Where a decoder cannot be had, why not.
+    """
     every = [path] * options.videos
 
     def on_cpu(decoder: str, source: Path) -> NDArray[np.uint8]:
         return open_video(source, decoder=decoder).read(numbers)
 
-    def pooled(decoder: str) -> list[Any]:
+    def pooled(read: Callable[[Path], Any]) -> list[Any]:
         with ThreadPoolExecutor(options.threads) as pool:
-            return list(pool.map(partial(on_cpu, decoder), every))
+            return list(pool.map(read, every))
 
-    yield "pyav cpu", partial(pooled, "pyav")
-    yield "torchcodec cpu", partial(pooled, "torchcodec")
+    yield BASELINE, partial(pooled, partial(sequential, numbers=numbers))
+    yield "pyav cpu", partial(pooled, partial(on_cpu, "pyav"))
+    yield "torchcodec cpu", partial(pooled, partial(on_cpu, "torchcodec"))
     if not options.device.startswith("cuda"):
         return
-    whole = trim(path, range(FRAMES))
-    whole = Trimmed(data=whole.data, positions=tuple(numbers), pictures=FRAMES)
+    whole = replace(trim(path, range(FRAMES)), positions=tuple(numbers))
     for name in ("dali", "torchcodec"):
-        decoder, _ = make_stream_decoder(
-            name, device=options.device, batch=options.batch, num_threads=options.threads
-        )
+        try:
+            decoder, _ = make_stream_decoder(
+                name, device=options.device, batch=options.batch, num_threads=options.threads
+            )
+        except UserError as error:
+            yield f"{name} gpu", str(error)
+            continue
         assert decoder is not None
+        open_decoders.callback(decoder.close)
 
         def streamed(stream: Trimmed | None, decoder: Any = decoder) -> list[Any]:
             if stream is not None:
@@ -107,63 +140,120 @@ def runs(path: Path, numbers: list[int], options: argparse.Namespace) -> Iterato
 
         yield f"{name} gpu, whole", partial(streamed, whole)
         yield f"{name} gpu, trimmed", partial(streamed, None)
-        decoder.close()
 
 
-def measure(run: Run, numbers: list[int], options: argparse.Namespace) -> dict[str, Any]:
-    """One row; fails where a decoder returns other frames than asked for."""
-    frames = run()[0]
-    found = [
-        number_of(np.asarray(frame.cpu() if hasattr(frame, "cpu") else frame)) for frame in frames
-    ]
-    if found != numbers:
-        return {"error": f"returned frames {found}, not {numbers}"}
-    walls, cpus = [], []
-    for _ in range(options.repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        if options.device.startswith("cuda"):
-            torch.cuda.synchronize(options.device)  # torchcodec returns before the frames are there
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    return {
-        "videos_per_s": round(options.videos / min(walls), 1),
-        "cpu_ms": round(1000 * float(np.median(cpus)) / options.videos, 2),
-    }
+def wrong_frames(run: Run, numbers: list[int]) -> str | None:
+    """What a decoder returned instead of the frames asked for, or how it failed."""
+    try:
+        videos = run()
+    except (RuntimeError, UserError) as error:  # a driver without NVDEC, say
+        return str(error).strip().splitlines()[0]
+    for frames in videos:
+        found = [
+            number_of(np.asarray(frame.cpu() if hasattr(frame, "cpu") else frame))
+            for frame in frames
+        ]
+        if found != numbers:
+            return f"returned frames {found}, not {numbers}"
+    return None
+
+
+def timed(run: Run, device: str) -> tuple[float, float]:
+    """Wall and process CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    if device.startswith("cuda") and torch.cuda.is_available():
+        torch.cuda.synchronize(device)  # torchcodec returns before the frames are there
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(path: Path, numbers: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every decoder, in rounds that alternate."""
+    wrong: dict[str, str] = {}
+    spans: dict[str, list[tuple[float, float]]] = {}
+    with ExitStack() as open_decoders:
+        every = dict(runs(path, numbers, options, open_decoders))
+        right: dict[str, Run] = {}
+        for name, run in every.items():
+            problem = run if isinstance(run, str) else wrong_frames(run, numbers)
+            if isinstance(run, str) or problem is not None:
+                wrong[name] = str(problem)
+            else:
+                right[name] = run
+                spans[name] = []
+        for _ in range(options.rounds):
+            for name, run in right.items():
+                spans[name].append(timed(run, options.device))
+    rows = []
+    for name in every:
+        if name in wrong:
+            rows.append({"decoder": name, "error": wrong[name]})
+            continue
+        row: dict[str, Any] = {"decoder": name}
+        for place, kind in enumerate(("ratio", "cpu_ratio")):
+            pairs = zip(spans[BASELINE], spans[name], strict=True)
+            ratios = [before[place] / after[place] for before, after in pairs]
+            row[kind] = round(median(ratios), 2)
+            row[f"{kind}_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
+        if options.device.startswith("cuda"):  # absolute speeds are for GPUs
+            row["videos_per_s"] = round(options.videos / median(s for s, _ in spans[name]), 1)
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'size':<10} {'group':>5} {'frames':>6}  {'decoder':<22} ratio  CPU ratio (range)"]
+    for row in rows:
+        start = f"{row['size']:<10} {row['group']:>5} {row['frames']:>6}  {row['decoder']:<22}"
+        if "error" in row:
+            lines.append(f"{start} {row['error']}")
+            continue
+        low, high = row["cpu_ratio_range"]
+        speed = f"  {row['videos_per_s']} videos/s" if "videos_per_s" in row else ""
+        numbers = f"{row['ratio']:5.2f}  {row['cpu_ratio']:9.2f} ({low:.2f}-{high:.2f})"
+        lines.append(f"{start} {numbers}{speed}")
+    return "\n".join(lines)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for NVDEC as well (cpu)")
+    parser.add_argument("--sizes", default="340x256,1280x720", help="WxH,... (340x256,1280x720)")
+    parser.add_argument("--threads", type=int, default=2, help="videos decoded at a time (2)")
+    parser.add_argument("--batch", type=int, default=16, help="videos of a GPU's batch (16)")
+    parser.add_argument("--videos", type=int, default=8, help="videos in a run (8)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all decoders in turn (5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="keep the document there")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sizes", default="340x256,1280x720")
-    parser.add_argument("--threads", type=int, default=2, help="videos decoded at the same time")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--videos", type=int, default=8, help="videos in a run")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", metavar="FILE", help="write rows, machine and software")
-    options = parser.parse_args()
+    options = parsed()
+    software = software_record()  # before it can change while this runs
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes.split(","):
             width, height = map(int, size.split("x"))
-            for group in (250, 12):
+            for group in GROUPS:
                 path = Path(folder, f"{size}-{group}.mp4")
                 write_clip(path, width, height, group)
-                for count in (8, 32):
+                for count in COUNTS:
                     numbers = [int((k + 0.5) * FRAMES / count) for k in range(count)]
-                    for name, run in runs(path, numbers, options):
-                        row = {"size": size, "group": group, "frames": count, "decoder": name}
-                        row |= measure(run, numbers, options)
-                        rows.append(row)
-                        print(json.dumps(row), flush=True)
-    if options.json is not None:
-        record = {
-            "settings": vars(options),
-            "machine": machine_record(),
-            "software": software_record(),
-            "rows": rows,
-        }
-        Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+                    where = {"size": size, "group": group, "frames": count}
+                    rows += [where | row for row in measure(path, numbers, options)]
+    shown = ("device", "threads", "batch", "videos", "rounds")
+    record = {
+        "kind": "decode",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": machine_record(),
+        "software": software,
+        "settings": {name: getattr(options, name) for name in shown},
+        "rows": rows,
+    }
+    print(json.dumps(record, indent=1) if options.json else table(rows))
+    if options.results is not None:
+        print(f"written: {keep(options.results, record, 'decode')}", file=sys.stderr)
     return int(any("error" in row for row in rows))
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
 
 from decode import write_clip
-from kernel_results import result_path
+from kernel_results import keep
 from kineticlip.config import Config, load_config
 from kineticlip.dataset import Entry
 from kineticlip.device_loader import DeviceLoader, why_not_on_device
@@ -320,6 +320,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> int:
     options = parsed()
+    software = software_record()  # before it can change while this runs
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights
     rows: list[dict[str, Any]] = []
     limits: list[dict[str, Any]] = []
@@ -334,7 +335,7 @@ def main() -> int:
         "kind": "end_to_end",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machine": machine_record(),
-        "software": software_record(),
+        "software": software,
         "threads": torch.get_num_threads(),
         "settings": {name: getattr(options, name) for name in shown},
         "videos": [entry.name for entry in entries] if options.videos else "rendered",
@@ -347,11 +348,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(record, indent=1))
     if options.results is not None:
-        path = result_path(options.results, record)
-        path = path.with_stem(f"{path.stem}-end-to-end")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written: {path}", file=sys.stderr)
+        print(f"written: {keep(options.results, record, 'end-to-end')}", file=sys.stderr)
     wrong = problems(rows)
     print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
     return int(bool(wrong))

@@ -128,15 +128,22 @@ def result_path(folder: Path, content: dict[str, Any]) -> Path:
     return folder / f"{device}-torch{torch_version}" / f"{day}-{commit}.json"
 
 
+def keep(folder: Path, content: dict[str, Any], kind: str = "") -> Path:
+    """Writes a result file whole or not at all; kind: what its name ends in."""
+    from kineticlip.journal import write_atomic
+
+    path = result_path(folder, content)
+    path = path.with_stem(f"{path.stem}-{kind}") if kind else path
+    write_atomic(path, f"{json.dumps(content, indent=1)}\n".encode())
+    return path
+
+
 def write(folder: Path, content: dict[str, Any]) -> Path:
     """Writes a valid document; raises ValueError for one that is not."""
     problems = validate(content)
     if problems:
         raise ValueError("; ".join(problems))
-    path = result_path(folder, content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    return keep(folder, content)
 
 
 def validate(content: dict[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernel_results import result_path
+from kernel_results import keep
 from kineticlip.architectures import VisionShape, architecture
 from kineticlip.config import EvlConfig
 from kineticlip.info import evl as evl_parts
@@ -375,21 +375,18 @@ def main() -> int:
     parser.add_argument("--results", type=Path, metavar="DIR", help="keep the document there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    software = software_record()  # before it can change while this runs
     found = METHODS[args.method](args.arch, args.frames, args.clips, args.rounds)
     record = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machine": machine_record(),
-        "software": software_record(),
+        "software": software,
         "claims": claims(args.method, found),
         args.method: found,
     }
     print(json.dumps(record, indent=1) if args.json else as_text(args.method, found))
     if args.results is not None:
-        path = result_path(args.results, record)
-        path = path.with_stem(f"{path.stem}-{args.method}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written: {path}", file=sys.stderr)
+        print(f"written: {keep(args.results, record, args.method)}", file=sys.stderr)
     wrong = problems(args.method, found)
     print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
     return int(bool(wrong))
