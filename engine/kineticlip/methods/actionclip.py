@@ -5,18 +5,19 @@ Shape letters: B clips, T frames, E embedding, C classes, P templates, n tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.batch import Batch, VideoViews
+from kineticlip.batch import VideoViews
 from kineticlip.config import Config
 from kineticlip.errors import UserError
-from kineticlip.methods.head import kernels_of, unit_logits, unit_means, unit_videos
-from kineticlip.methods.method import Method, Metrics
+from kineticlip.methods.head import kernels_of, own_loss, unit_logits, unit_means, unit_videos
+from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, video_model
 from kineticlip.methods.text_side import adopt_text_tower, own_text_tower
@@ -64,7 +65,8 @@ class ActionCLIP(nn.Module):
     def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Any:
         """pixels [B, T, 3, S, S] -> probabilities [B, C]; with labels [B] loss and accuracy.
 
-        In training each clip gets one sentence of its class, in a template drawn at random.
+        In training each clip gets one sentence of its class, in a template drawn at random; the
+        loss is the KL divergence in both directions, with clips of one class as positives.
         """
         frames = apply_header(self.fusion_model, encode_frames(self.visual, pixels))  # [B, T, E]
         videos = unit_means(frames, kernels=kernels_of(self))  # [B, E]
@@ -116,14 +118,6 @@ def build(config: Config, class_names: Sequence[str]) -> ActionCLIP:
     return ActionCLIP(video, tower, torch.stack(tokens), class_names)
 
 
-def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
-    """KL divergence in both directions; clips of one class are each other's positives."""
-    if batch.labels.is_floating_point():
-        raise UserError("method actionclip: clips with several labels are not supported")
-    value, accuracy = model(batch.pixels, batch.labels)
-    return value, {"accuracy": accuracy}
-
-
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """Probabilities [len(videos), C] from the mean of a video's raw view embeddings."""
     assert isinstance(model, ActionCLIP)
@@ -136,4 +130,6 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     return two_rates(model, config, lambda name: name.startswith("fusion_model."))
 
 
-ACTIONCLIP = Method(build=build, loss=loss, score=score, param_groups=param_groups)
+ACTIONCLIP = Method(
+    build=build, loss=partial(own_loss, method="actionclip"), score=score, param_groups=param_groups
+)

@@ -6,19 +6,19 @@ N clips of all processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.batch import Batch, VideoViews
+from kineticlip.batch import VideoViews
 from kineticlip.config import Config
-from kineticlip.errors import UserError
 from kineticlip.methods.contrastive import class_tokens, online_tower
-from kineticlip.methods.head import average_views, kernels_of, unit_means
-from kineticlip.methods.method import Method, Metrics
+from kineticlip.methods.head import average_views, kernels_of, own_loss, unit_means
+from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, param_groups, video_model
 from kineticlip.methods.trunk import FrozenTensors, apply_header, encode_frames, encode_views
@@ -61,7 +61,10 @@ class BikeCLIP(nn.Module):
         self.frozen = FrozenTensors(**frozen)
 
     def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Any:
-        """pixels [B, T, 3, S, S] -> logits [B, C]; with labels [B] the loss and the accuracy."""
+        """pixels [B, T, 3, S, S] -> logits [B, C]; with labels [B] the loss and the accuracy.
+
+        The matching loss over the clips of all processes and the sentences of their classes.
+        """
         frames = encode_frames(self.visual, pixels)  # [B, T, E]
         scale = self.logit_scale.float().exp()
         if labels is None:
@@ -137,14 +140,6 @@ def encode_sentences(tower: Any, tokens: Tensor, *, words: bool) -> tuple[Tensor
     return every[torch.arange(len(every)), ends], every if words else None
 
 
-def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
-    """The matching loss over the clips of all processes and the sentences of their classes."""
-    if batch.labels.is_floating_point():
-        raise UserError("method bike: clips with several labels are not supported")
-    value, accuracy = model(batch.pixels, batch.labels)
-    return value, {"accuracy": accuracy}
-
-
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """[len(videos), C]: softmax of the bare cosines, mean over views, and softmax once more.
 
@@ -163,4 +158,10 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     return means.softmax(dim=-1)
 
 
-BIKE = Method(build=build, loss=loss, score=score, param_groups=param_groups, pipeline="bike")
+BIKE = Method(
+    build=build,
+    loss=partial(own_loss, method="bike"),
+    score=score,
+    param_groups=param_groups,
+    pipeline="bike",
+)

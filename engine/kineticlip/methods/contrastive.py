@@ -5,19 +5,27 @@ Shape letters: B clips, T frames, S side in pixels, E embedding, C classes, n to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.batch import Batch, VideoViews
+from kineticlip.batch import VideoViews
 from kineticlip.classifier import build_classifier, text_weights
 from kineticlip.config import Config, ContrastiveConfig
 from kineticlip.errors import UserError
-from kineticlip.methods.head import class_loss, kernels_of, unit_logits, unit_means, unit_videos
-from kineticlip.methods.method import Method, Metrics
+from kineticlip.methods.head import (
+    class_loss,
+    kernels_of,
+    own_loss,
+    unit_logits,
+    unit_means,
+    unit_videos,
+)
+from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, video_model
 from kineticlip.methods.trunk import (
@@ -75,7 +83,10 @@ class ContrastiveCLIP(nn.Module):
         return cast(Tensor, self.frozen.attn_mask).to(self.text_projection.dtype)
 
     def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Any:
-        """pixels [B, T, 3, S, S] -> logits [B, C]; with labels [B] the loss and the accuracy."""
+        """pixels [B, T, 3, S, S] -> logits [B, C]; with labels [B] the loss and the accuracy.
+
+        The matching loss over the pairs of all processes, or cross entropy over the classes.
+        """
         kernels = kernels_of(self)
         frames = apply_header(self.fusion_model, encode_frames(self.visual, pixels))  # [B, T, E]
         videos = unit_means(frames, kernels=kernels)  # [B, E]
@@ -160,14 +171,6 @@ def online_tower(config: Config, weights: Weights) -> Any:
         raise UserError(f"{key}: {source.source}: {error}") from None
 
 
-def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
-    """The matching loss over the pairs of all processes, or cross entropy over the classes."""
-    if batch.labels.is_floating_point():
-        raise UserError("method contrastive: clips with several labels are not supported")
-    value, accuracy = model(batch.pixels, batch.labels)
-    return value, {"accuracy": accuracy}
-
-
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """As Text4Vis: probabilities [len(videos), C] from the mean of the raw view embeddings."""
     assert isinstance(model, ContrastiveCLIP)
@@ -181,4 +184,9 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     return two_rates(model, config, lambda name: name.startswith("fusion_model."))
 
 
-CONTRASTIVE = Method(build=build, loss=loss, score=score, param_groups=param_groups)
+CONTRASTIVE = Method(
+    build=build,
+    loss=partial(own_loss, method="contrastive"),
+    score=score,
+    param_groups=param_groups,
+)

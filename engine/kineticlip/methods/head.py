@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kineticlip.batch import Batch
+from kineticlip.errors import UserError
 from kineticlip.methods.method import Metrics
 from kineticlip_kernels.dispatch import Impl
 from kineticlip_kernels.head import class_cross_entropy, mean_normalize, mean_softmax, top_classes
@@ -54,6 +55,19 @@ def class_loss(
         losses = class_cross_entropy(units, rows, labels, scale, impl=kernels)
         _, best = top_classes(units.detach(), rows.detach(), 1, impl=kernels)
     return losses.mean(), (best.squeeze(1) == labels).float().mean()
+
+
+def own_loss(model: Callable[..., Any], batch: Batch, *, method: str) -> tuple[Tensor, Metrics]:
+    """What a model makes of pixels and labels by itself: its loss, and its accuracy to log."""
+    check_single_labels(batch, method=method)
+    value, accuracy = model(batch.pixels, batch.labels)
+    return value, {"accuracy": accuracy}
+
+
+def check_single_labels(batch: Batch, *, method: str) -> None:
+    """UserError for clips with several labels, which only losses on logits take."""
+    if batch.labels.is_floating_point():
+        raise UserError(f"method {method}: clips with several labels are not supported")
 
 
 def cross_entropy(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:

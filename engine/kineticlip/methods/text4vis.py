@@ -25,6 +25,7 @@ from kineticlip.methods.head import (
     class_loss,
     cross_entropy,
     kernels_of,
+    own_loss,
     unit_logits,
     unit_means,
     unit_videos,
@@ -187,8 +188,7 @@ def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
     """Cross entropy; a clip with several labels spreads its probability evenly over them."""
     if batch.labels.is_floating_point():
         return cross_entropy(model, batch)
-    value, accuracy = model(batch.pixels, batch.labels)
-    return value, {"accuracy": accuracy}
+    return own_loss(model, batch, method="text4vis")
 
 
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:

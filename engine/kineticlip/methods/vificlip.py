@@ -18,7 +18,7 @@ from kineticlip.config import Config, ContrastiveConfig
 from kineticlip.errors import UserError
 from kineticlip.methods import contrastive
 from kineticlip.methods.contrastive import ContrastiveCLIP
-from kineticlip.methods.head import cosine_logits, kernels_of, view_scores
+from kineticlip.methods.head import cosine_logits, kernels_of, own_loss, view_scores
 from kineticlip.methods.method import Method
 from kineticlip.methods.trunk import embed_views
 
@@ -58,4 +58,6 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-VIFICLIP = Method(build=build, loss=contrastive.loss, score=score, param_groups=param_groups)
+VIFICLIP = Method(
+    build=build, loss=partial(own_loss, method="vificlip"), score=score, param_groups=param_groups
+)

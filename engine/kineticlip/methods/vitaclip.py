@@ -24,7 +24,7 @@ from kineticlip.config import Config
 from kineticlip.errors import UserError
 from kineticlip.formats import load_into
 from kineticlip.methods.clips import embed_distinct
-from kineticlip.methods.head import cosine_logits, kernels_of, view_scores
+from kineticlip.methods.head import check_single_labels, cosine_logits, kernels_of, view_scores
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.prompts_text import Placeholders, TextPrompts, clean, new_context
 from kineticlip.methods.prompts_vision import VisionPrompts
@@ -291,8 +291,7 @@ def _check_context(
 
 def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
     """Cross entropy over the classes."""
-    if batch.labels.is_floating_point():
-        raise UserError("method vitaclip: clips with several labels are not supported")
+    check_single_labels(batch, method="vitaclip")
     # A DeepSpeed engine knows; a bare model steps after every batch.
     ends_step = getattr(model, "is_gradient_accumulation_boundary", lambda: True)()
     logits: Tensor = model(batch.pixels, ends_step=ends_step)  # [B, C]
