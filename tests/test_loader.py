@@ -338,9 +338,11 @@ def test_an_exception_comes_out_in_its_place_and_ends_the_threads() -> None:
 
 
 def test_a_configured_probe_cache_is_used(tmp_path: Path, clips: list[Entry]) -> None:
-    config = settings(f"data.probe_cache={tmp_path / 'probes.jsonl'}")
+    assert settings().data.probe_cache == "auto"
+    config = settings(f"data.val_root={tmp_path}")
     first = list(loader.TestLoader(clips, config))
-    assert len((tmp_path / "probes.jsonl").read_text().splitlines()) == len(clips)
+    kept = (tmp_path / ".kineticlip-probes.jsonl").read_text()
+    assert len(kept.splitlines()) == len(clips)
     again = list(loader.TestLoader(clips, config))
     for one, two in zip(first, again, strict=True):
         assert isinstance(one, VideoViews) and isinstance(two, VideoViews)

@@ -51,7 +51,7 @@ def test_memory_does_not_grow_with_the_videos(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     videos = request.config.getoption("--soak")
-    paths = [tmp_path / f"{number}.mp4" for number in range(3)]
+    paths = [tmp_path / name for name in ("0.mp4", "1.mp4", "2.avi")]  # an AVI is read in sequence
     for number, path in enumerate(paths):
         write_clip(path, render_clip(number, number, np.random.default_rng(number)))
     words = [sys.executable, "-c", SOAK, str(videos), *map(str, paths)]

@@ -79,7 +79,7 @@ class DataConfig:
     val_min_frames: int = 0  # so for the list to score; 8 in official training, 0 in official tests
     shots: int = 0  # K-shot training; 0 trains on everything
     workers: int = 2  # decoding threads of one process
-    probe_cache: str = ""  # a file beside the data set: opening a video again costs no second pass
+    probe_cache: str = "auto"  # file of probes, so that opening again costs no pass; auto, off
 
 
 @dataclass(frozen=True, kw_only=True)

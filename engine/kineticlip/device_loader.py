@@ -18,7 +18,7 @@ import torch
 from kineticlip.batch import VideoViews
 from kineticlip.config import Config
 from kineticlip.dataset import Entry
-from kineticlip.loader import BadVideo, cache_for, open_entry, pipeline_of, run_ahead
+from kineticlip.loader import BadVideo, open_entry, pipeline_of, run_ahead, test_cache
 from kineticlip.sampling import sample_test
 from kineticlip.video import Plan, ProbeCache, VideoError, VideoSource, plan_frames
 from kineticlip.video.batch import BatchReader, Decoded, Request
@@ -71,7 +71,7 @@ class DeviceLoader:
         sample_test(1, config.data, config.test, self._rules)  # settings that no video can meet
         geometry(64, 64, size=32, crops=config.test.crops, pipeline=self._rules)
         self.entries, self._config = entries, config
-        self._cache = cache_for(config.data, cache)
+        self._cache = test_cache(config.data, cache)
         self._device = device
         name = f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
         self._reader = BatchReader(

@@ -29,6 +29,7 @@ from kineticlip.dataset import Entry
 from kineticlip.errors import UserError
 from kineticlip.sampling import ClipRandom, sample_test, sample_train
 from kineticlip.video import ProbeCache, VideoError, VideoSource, open_video, plan_frames
+from kineticlip.video.cache import cache_path
 from kineticlip.views import apply_pillow, apply_tensor, geometry
 
 T = TypeVar("T")
@@ -53,11 +54,19 @@ def _shared_cache(path: str) -> ProbeCache:
     return ProbeCache(path)
 
 
-def cache_for(data: DataConfig, given: ProbeCache | None) -> ProbeCache | None:
+def cache_for(
+    data: DataConfig, given: ProbeCache | None, *, root: str, listed: str
+) -> ProbeCache | None:
     """The cache given, or the one data.probe_cache names. UserError where it cannot be used."""
-    if given is not None or not data.probe_cache:
+    if given is not None:
         return given
-    return _shared_cache(data.probe_cache)
+    path = cache_path(data.probe_cache, root=root, listed=listed)
+    return _shared_cache(str(path)) if path is not None else None
+
+
+def test_cache(data: DataConfig, given: ProbeCache | None) -> ProbeCache | None:
+    """cache_for the list to score."""
+    return cache_for(data, given, root=data.val_root, listed=data.val_list)
 
 
 def pipeline_of(data: DataConfig, default: str) -> str:
@@ -199,7 +208,7 @@ class TestLoader:
         geometry(64, 64, size=32, crops=config.test.crops, pipeline=rules)
         self.entries = entries[rank::world]
         self._load = functools.partial(
-            views_of, config=config, pipeline=pipeline, cache=cache_for(config.data, cache)
+            views_of, config=config, pipeline=pipeline, cache=test_cache(config.data, cache)
         )
         self._workers = config.data.workers
 
@@ -274,7 +283,8 @@ class TrainLoader:
         self._seed = config.seed
         self._size = config.train.micro_batch_size
         self._rank, self._world = rank, world
-        self._cache = cache_for(config.data, cache)
+        data = config.data
+        self._cache = cache_for(data, cache, root=data.train_root, listed=data.train_list)
         self._pin = pin_memory
         sample_train(1, config.data, self._pipeline, ClipRandom.seeded(0))  # settings that fit none
 

@@ -99,7 +99,7 @@ def check(
 
     def one(entry: Entry) -> Checked:
         try:
-            if Path(entry.path).is_dir():
+            if os.path.isdir(entry.path):
                 return _check_folder(entry, frame_template, decode)
             found = cache.scan(entry.path) if cache is not None else scan(entry.path)
             damaged = _decode_all(found) if decode else -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -210,3 +211,19 @@ def test_a_codec_that_ffmpeg_does_not_know_is_an_error(clip: Clip, tmp_path: Pat
     path.write_bytes(clip("h264").read_bytes().replace(b"avc1", b"zzzz"))
     with pytest.raises(VideoError, match="codec is unknown to FFmpeg"):
         open_video(path)
+
+
+@pytest.mark.parametrize("name", ["mpeg4_bframes", "h264_turned"])
+def test_decoded_pictures_go_when_their_video_goes(clip: Clip, name: str) -> None:
+    """None waits for the garbage collector: 2,000 of HMDB51's AVIs would hold 2 GB until then."""
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            video = open_video(clip(name))
+            video.read([0, 20])
+        del video
+        left = [item for item in gc.get_objects() if issubclass(type(item), av.VideoFrame)]
+        assert not left
+    finally:
+        gc.enable()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,15 @@ import pytest
 from PIL import Image
 from video_clips import number_of, picture, read_plainly
 
+from kineticlip import prepare
 from kineticlip.cli import main
+from kineticlip.dataset import Entry
 from kineticlip.errors import UserError
 from kineticlip.video import ProbeCache, VideoError, open_video, plan_frames
+from kineticlip.video.cache import NAME, cache_path
+from kineticlip.video.container import MAX_PIXELS
 from kineticlip.video.decode import scan
+from kineticlip.video.probe import TURNS
 
 Clip = Callable[[str], Path]
 
@@ -113,6 +121,39 @@ def test_folders_that_are_no_videos(tmp_path: Path) -> None:
             open_video(tmp_path, frame_template=template)
 
 
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+    """Root may read everything; nobody may not."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(user)
+
+
+def test_what_may_not_be_read_is_named(clip: Clip) -> None:
+    names = ("clip.mp4", "frames", "inner/clip.mp4")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        paths = [Path(folder, name) for name in names]
+        for place in (paths[1], paths[2].parent):
+            place.mkdir()
+        for place in (paths[0], paths[2]):
+            place.write_bytes(clip("h264").read_bytes())
+        for place in (paths[0], paths[1], paths[2].parent):
+            place.chmod(0)
+        with without_privileges():
+            for path in paths:
+                with pytest.raises(VideoError, match="Permission denied"):
+                    open_video(path)
+            entries = [Entry(path.name, str(path), 0) for path in paths]
+            reasons = [item.reason for item in prepare.check(entries, workers=1)]
+    assert ["Permission denied" in reason for reason in reasons] == [True] * 3
+
+
 # --- the cache ----------------------------------------------------------------------------------
 
 
@@ -175,9 +216,56 @@ def test_processes_share_one_cache(clip: Clip, tmp_path: Path) -> None:
         assert len(cache) == len(videos)
 
 
-def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be used as probe cache"):
-        ProbeCache(tmp_path / "missing" / "probes.jsonl")
+def test_a_cache_that_cannot_be_one_is_an_error(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "missing" / "probes.jsonl", "folder"), (tmp_path, "regular")):
+        with pytest.raises(UserError, match=f"cannot be used as probe cache: .*{reason}"):
+            ProbeCache(path)
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_does_without(
+    clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(descriptor: int, line: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with ProbeCache(tmp_path / "probes.jsonl") as cache:
+        for name in ("h264", "vp9", "hevc"):
+            assert cache.scan(clip(name)).probe.num_frames == 40
+        assert len(cache) == 3
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'probes.jsonl'}: probes are not kept: No space left on device"
+    ]
+
+
+def test_a_cache_full_of_lies_is_passed_over(clip: Clip, tmp_path: Path) -> None:
+    with ProbeCache(tmp_path / "probes.jsonl") as cache:
+        truth = cache.scan(clip("h264")).probe
+    row = json.loads((tmp_path / "probes.jsonl").read_text())
+    wrong = [[*row[:place], value, *row[place + 1 :]] for place in range(1, len(row))
+             for value in (None, [], {}, "7.5", -1, 1 << 70)]  # fmt: skip
+    # what is still believable has another name, size or time, or a number that may be any
+    (tmp_path / "probes.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in wrong))
+    with ProbeCache(tmp_path / "probes.jsonl") as cache:
+        for probe in cache._probes.values():
+            assert probe.num_frames > 0 and 0 < probe.width * probe.height <= MAX_PIXELS
+            assert (probe.rotation, probe.mirrored) in TURNS
+            assert isinstance(probe.codec, str) and isinstance(probe.in_time_order, bool)
+        assert not any(json.dumps(None) in repr(probe) for probe in cache._probes.values())
+    (tmp_path / "probes.jsonl").write_text("[" * 100_000 + "\n7\n{}\n" + json.dumps(row) + "\n")
+    with ProbeCache(tmp_path / "probes.jsonl") as cache:
+        assert len(cache) == 1 and cache.scan(clip("h264")).probe == truth
+
+
+def test_where_the_cache_lies(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    listed, root = str(tmp_path / "val.txt"), str(tmp_path / "videos")
+    assert cache_path("auto", root=root, listed=listed) == tmp_path / "videos" / NAME
+    assert cache_path("auto", root="", listed=listed) == tmp_path / NAME
+    assert cache_path("auto", root=f"{root}/none", listed=listed) is None
+    assert cache_path("auto", root="", listed="") is None
+    assert cache_path("off", root=root, listed=listed) is None
+    assert cache_path("here.jsonl", root=root, listed=listed) == Path("here.jsonl")
 
 
 # --- plans and the command ----------------------------------------------------------------------

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from kineticlip.video import pictures
 from kineticlip.video.pictures import Orientation, orientation_of, upright
 from kineticlip.video.probe import TURNS
+
+
+@pytest.fixture(autouse=True)
+def made_up_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The side data of frame_with, which no container holds."""
+    monkeypatch.setattr(pictures, "SideDataContainer", lambda frame: frame.side_data)
 
 
 def frame_with(a: float, b: float, c: float, d: float) -> SimpleNamespace:

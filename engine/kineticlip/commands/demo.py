@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
                 f"model.weights={start}",
                 f"data.train_list={data.train_list}", f"data.train_root={data.root}",
                 f"data.labels={data.seen_labels}",
-                f"data.probe_cache={root / 'probes.jsonl'}", *args.set,
+                *args.set,
             ),
         )  # fmt: skip
     lists = {

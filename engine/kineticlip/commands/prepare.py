@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--side", type=int, default=336, metavar="N", help="short side of the copies; 0 keeps it"
     )
-    parser.add_argument("--cache", metavar="FILE", help="remember the probes for later runs")
+    parser.add_argument(
+        "--cache",
+        default="auto",
+        metavar="FILE",
+        help="remember the probes for later runs; auto: beside the videos, off: not",
+    )
     parser.add_argument(
         "--frame-template", default="img_{:05d}.jpg", metavar="NAME", help="of image folders"
     )
@@ -56,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     workers = args.workers or os.cpu_count() or 1
     folder = args.reencode or args.frames
     source = prepare.find_videos(args.source, args.root)
-    with _cache(args.cache) as cache:
+    with _cache(args, source) as cache:
         results = prepare.check(
             source.entries,
             workers=workers,
@@ -92,9 +97,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--classes: only a folder with one subfolder a class has class names")
 
 
-def _cache(path: str | None) -> contextlib.AbstractContextManager[Any]:
-    from kineticlip.video import ProbeCache
+def _cache(args: argparse.Namespace, source: Source) -> contextlib.AbstractContextManager[Any]:
+    from kineticlip.video.cache import ProbeCache, cache_path
 
+    path = cache_path(args.cache, root=source.root, listed=source.name)
     return ProbeCache(path) if path is not None else contextlib.nullcontext()
 
 

@@ -127,7 +127,11 @@ def _one_line(error: BaseException) -> str:
 
 def _why_not_opened(path: Path, error: BaseException) -> str:
     """A reason that a person can act on, from the first bytes of the file."""
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as denied:
+        return f"cannot be opened: {_one_line(denied)}"
+    with file:
         head = file.read(512)
         start = head.lstrip()[:256].lower()
         if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,7 +122,7 @@ def open_video(
     """
     if decoder not in DECODERS:
         raise UserError(f"unknown decoder {decoder!r}. {did_you_mean(decoder, DECODERS)}")
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a parent may not be searched
         return _open_folder(path, frame_template)
     found = cache.scan(path) if cache is not None else scan(path)
     name, notes = choose_decoder(found.probe, decoder)

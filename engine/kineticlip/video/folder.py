@@ -19,11 +19,16 @@ def list_frames(folder: str | Path, template: str = TEMPLATE) -> list[Path]:
     """The folder's image files that match the template, by their number.
 
     template: a file name with one number field, as for str.format. Frame 0 is the lowest number
-    there is (data sets begin at 0 or 1). Raises VideoError where none matches or one is missing.
+    there is (data sets begin at 0 or 1). Raises VideoError where none matches or one is missing,
+    and where the folder cannot be listed.
     """
     pattern = _pattern(template)
+    try:
+        names = list(Path(folder).iterdir())
+    except OSError as error:
+        raise VideoError(folder, f"cannot be listed: {error.strerror}") from None
     found = {}
-    for path in Path(folder).iterdir():
+    for path in names:
         match = pattern.fullmatch(path.name)
         if match and path.name == template.format(int(match[1])):
             found[int(match[1])] = path

@@ -7,7 +7,6 @@ stream that holds just the groups and pictures needed.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,6 +21,7 @@ from kineticlip.video.container import (
     DAMAGE,
     Unsuitable,
     VideoError,
+    check_regular_file,
     choose_stream,
     decoding_failed,
     open_container,
@@ -91,7 +91,7 @@ def select_packets(
     path: str | Path, container: Any, stream: Any, numbers: Sequence[int], *, table: Table | None
 ) -> Selection:
     """Reads the packets that `numbers` need from an open container; without a table, all first."""
-    if table is None and os.stat(path).st_size > HELD_BYTES:
+    if table is None and check_regular_file(path).st_size > HELD_BYTES:
         table = read_table(path)
     try:
         if table is None:
