@@ -19,6 +19,7 @@ from kineticlip.dataset import (
     training_list,
 )
 from kineticlip.errors import UserError
+from kineticlip.loader import TrainLoader
 from kineticlip.prompts import ENSEMBLES, TEMPLATES, expand_templates, render
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -66,6 +67,16 @@ def test_comma_list_and_quoted_paths(write) -> None:
     assert read_list(write('"a,b.mp4",3\n')).entries[0].name == "a,b.mp4"
 
 
+def test_a_list_may_have_no_labels(write) -> None:
+    entries = read_list(write('a.mp4\n"b c, d.mp4"\n'), "r", num_classes=3).entries
+    assert [entry.name for entry in entries] == ["a.mp4", "b c, d.mp4"]
+    assert all((entry.label, entry.labels) == (-1, ()) for entry in entries)
+    with pytest.raises(UserError, match="this list has none, or several"):
+        TrainLoader(entries, load_config(None))
+    quoted_first = read_list(write('"b c, d.mp4"\na.mp4\n')).entries
+    assert [entry.name for entry in quoted_first] == ["b c, d.mp4", "a.mp4"]
+
+
 def test_absolute_paths_ignore_the_root(write) -> None:
     assert read_list(write("/data/a.mp4 1\n"), "root").entries[0].path == "/data/a.mp4"
 
@@ -74,7 +85,7 @@ def test_absolute_paths_ignore_the_root(write) -> None:
     ("text", "problem"),
     [
         ("a.mp4 1\nb c.mp4 2\n", "list.txt:2: expected 'path label', got 3 fields; a path with"),
-        ("a.mp4\n", "list.txt:1: expected 'path label', got 1 fields"),
+        ("a.mp4\nb.mp4 1\n", "list.txt:2: expected a path alone, as in the first line, got 2"),
         ("a 9 1\nb 2\n", "list.txt:2: expected 'path frames label', got 2 fields"),
         ("my clip.mp4 2\n", "list.txt:1: 'clip.mp4' is not a number of frames; a path with spaces"),
         ("a 9 1\nb -3 1\n", "list.txt:2: the number of frames is negative"),

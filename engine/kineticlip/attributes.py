@@ -94,8 +94,11 @@ def encode_attributes(
     """Features of the sentences about the listed (video, label) pairs.
 
     The sentence is the classes' template around the first five names. UserError for a video
-    without attributes.
+    without attributes, and for one with several labels or none.
     """
+    several = [video for video, label in listing if label < 0]
+    if several:
+        raise UserError(f"{several[0]}: attributes need lists with one label a video")
     missing = [video for video, _ in listing if video not in attributes]
     if missing:
         raise UserError(

@@ -1,10 +1,11 @@
 """Which videos and which classes: list files, label files, K-shot subsets.
 
-`read_list` knows six line formats and tells them apart by the first line:
+`read_list` knows seven line formats and tells them apart by the first line:
 
     path label                  videos (Text4Vis, EVL)
     path frames label           folders of frames; ActivityNet's instance lists are these
     path,label                  Vita-CLIP
+    path                        without labels: to be scored, not measured
     "a path" label              any of the above, for paths with spaces
     video_id,label,start_time,end_time,total_time      Charades training rows (BIKE)
     id,...,actions,length       Charades test rows: several labels each
@@ -150,9 +151,9 @@ def _format_of(text: str, rate: float) -> tuple[Iterable[tuple[int, Any]], Calla
     fields = _split_path(first)[1]
     if fields and _is_integer(fields[-1]):
         return lines, _frames_line if len(fields) == 2 else _video_line
-    if "," in first:
+    if "," in first and not first.lstrip().startswith('"'):
         return lines, _comma_line
-    return lines, _video_line
+    return lines, _video_line if fields else _path_line
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -176,6 +177,16 @@ def _video_line(line: str) -> Entry:
     if len(fields) != 1:
         raise _BadLine(f"expected 'path label', got {1 + len(fields)} fields; {QUOTE_HINT}")
     return Entry(path, path, _integer(fields[0], "label"))
+
+
+def _path_line(line: str) -> Entry:
+    path, fields = _split_path(line)
+    if fields:
+        raise _BadLine(
+            f"expected a path alone, as in the first line, got {1 + len(fields)} fields; "
+            f"{QUOTE_HINT}"
+        )
+    return Entry(path, path, -1, labels=())
 
 
 def _frames_line(line: str) -> Entry:

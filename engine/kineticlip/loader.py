@@ -147,6 +147,10 @@ def open_entry(
         raise VideoError(
             entry.path, f"is {source.width} x {source.height}, too narrow to be resized"
         )
+    if source.files and entry.length < 0 and source.num_frames < entry.num_frames:
+        raise VideoError(
+            entry.path, f"holds {source.num_frames} images; the list says {entry.num_frames}"
+        )
     count = source.num_frames - entry.first
     if entry.length >= 0:
         count = min(count, entry.length)
@@ -272,7 +276,7 @@ class TrainLoader:
             raise UserError("there is no video to train on")
         if any(entry.labels is not None for entry in entries):
             raise UserError(
-                "training needs one label a video; this list has several "
+                "training needs one label a video; this list has none, or several "
                 "(for Charades, train on the rows video_id,label,start_time,end_time,total_time)"
             )
         self.entries = entries

@@ -15,6 +15,7 @@ from kineticlip.journal import write_atomic
 from kineticlip.video import Probe, ProbeCache, VideoError, open_video
 from kineticlip.video.container import choose_stream, open_container
 from kineticlip.video.convert import extract_frames, reencode
+from kineticlip.video.folder import TEMPLATE
 from kineticlip.video.probe import Scan, pictures, scan
 
 SUFFIXES = frozenset(
@@ -27,7 +28,8 @@ class Source:
     """What is to be checked: entries, the list file they came from, or the folder.
 
     text: the lines of the list file, and line: where in it each entry stands, from 1; both empty
-    for a folder. classes: names of a folder's subfolders, where every video lies in one.
+    for a folder. classes: names of a folder's subfolders, where every video lies in one. refused:
+    videos of a folder whose names no list can hold.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Source:
     text: tuple[str, ...] = ()
     line: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()
+    refused: tuple[Checked, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +77,33 @@ def find_videos(source: str | Path, root: str | Path = "") -> Source:
     names = [path.relative_to(source) for path in found]
     one_deep = all(len(name.parts) == 2 for name in names)
     classes = sorted({name.parts[0] for name in names}) if one_deep else []
-    entries = [
-        Entry(str(name), str(path), classes.index(name.parts[0]) if one_deep else -1)
-        for name, path in zip(names, found, strict=True)
-    ]
+    entries, refused = [], []
+    for name, path in zip(names, found, strict=True):
+        label = classes.index(name.parts[0]) if one_deep else -1
+        reason = _why_not_listed(str(name))
+        if reason:
+            shown = str(name).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+            refused.append(Checked(entry=Entry(shown, str(path), label), reason=reason))
+        else:
+            entries.append(Entry(str(name), str(path), label))
     return Source(
-        name=str(source), root=str(source), entries=tuple(entries), classes=tuple(classes)
+        name=str(source),
+        root=str(source),
+        entries=tuple(entries),
+        classes=tuple(classes),
+        refused=tuple(refused),
     )
+
+
+def _why_not_listed(name: str) -> str:
+    """Why a list, which is text with a video a line, cannot name this file; "" where it can."""
+    if any(mark in name for mark in '\n\r"'):
+        return "its name holds a line break or a quote, so no list can name it; rename it"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8, so no list can name it; rename it"
+    return ""
 
 
 def check(
@@ -88,7 +111,7 @@ def check(
     *,
     workers: int,
     decode: bool = True,
-    frame_template: str = "img_{:05d}.jpg",
+    frame_template: str = TEMPLATE,
     cache: ProbeCache | None = None,
 ) -> Iterator[Checked]:
     """Checks videos in threads and yields them in order.
@@ -134,7 +157,13 @@ def _decode_all(found: Scan) -> int:
 
 
 def convert(
-    good: Sequence[Checked], folder: Path, *, frames: bool, side: int, workers: int
+    good: Sequence[Checked],
+    folder: Path,
+    *,
+    frames: bool,
+    side: int,
+    workers: int,
+    frame_template: str = TEMPLATE,
 ) -> Iterator[Checked]:
     """Rewrites videos into a folder under their own names, in threads; yields them in order.
 
@@ -151,7 +180,8 @@ def convert(
 
     def one(path: str) -> int | str:
         try:
-            return write(path, folder / targets[path], side=side)
+            target = folder / targets[path]
+            return write(path, target, side=side, frame_template=frame_template)
         except VideoError as error:
             return error.reason
 
@@ -180,7 +210,10 @@ def _target(name: str, frames: bool) -> Path:
 
 
 def without_bad_lines(source: Source, checked: Sequence[Checked]) -> str:
-    """The list file without the lines of unreadable videos; of a folder, a plain list."""
+    """The list file without the lines of unreadable videos; of a folder, a plain list.
+
+    checked: of the source's entries, in their order.
+    """
     if not source.text:
         return plain_list([item.entry for item in checked if not item.reason])
     bad = {line for line, item in zip(source.line, checked, strict=True) if item.reason}
@@ -194,14 +227,14 @@ def plain_list(entries: Iterable[Entry]) -> str:
     """
     lines = []
     for entry in entries:
-        if entry.labels is not None or entry.length >= 0 or '"' in entry.name:
+        if entry.labels or entry.length >= 0 or '"' in entry.name:
             raise UserError(
                 f"{entry.name}: several labels, stretches of videos and quotes do not fit a plain "
                 "list; rewrite the folder of videos instead of its list"
             )
         name = f'"{entry.name}"' if any(c.isspace() or c == "," for c in entry.name) else entry.name
-        frames = [str(entry.num_frames)] if entry.num_frames >= 0 else []
-        lines.append(" ".join([name, *frames, *([str(entry.label)] if entry.label >= 0 else [])]))
+        counted = [entry.num_frames, entry.label] if entry.num_frames >= 0 else [entry.label]
+        lines.append(" ".join([name, *map(str, counted if entry.label >= 0 else [])]))
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from kineticlip.config import Config, ViewConfig
 from kineticlip.dataset import Entry, scoring_list
 from kineticlip.distributed import Ranks, gather
+from kineticlip.errors import UserError
 from kineticlip.evaluate import Scored, default_chunk, prepare, score_stream
 from kineticlip.feature_cache import FeatureViews, open_store
 from kineticlip.loader import TestLoader
@@ -42,6 +43,8 @@ class Validation:
         device: torch.device,
     ) -> None:
         self.entries: Sequence[Entry] = scoring_list(config, num_classes).entries
+        if not any(entry.labels or entry.label >= 0 for entry in self.entries):
+            raise UserError(f"{config.data.val_list}: no labels to validate against")
         self._method, self._ranks, self._device = method, ranks, device
         self._chunk = config.eval.batch_frames or default_chunk(device)
         view = ViewConfig(clips=1, crops=1, sampling=config.test.sampling)

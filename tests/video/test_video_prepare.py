@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import av
 import pytest
-from video_clips import number_of
+from PIL import Image
+from video_clips import number_of, picture
 
 from kineticlip.cli import main
 from kineticlip.dataset import read_list
@@ -139,6 +141,110 @@ def test_copies_have_the_same_frames_in_short_groups(
     assert run(*arguments) == 1  # what is there already stays
     assert {path: Path(path).stat().st_mtime_ns for path in written} == written
     assert not list(out.rglob(".*"))
+
+
+@pytest.mark.parametrize("way", ["--reencode", "--frames"])
+def test_copies_follow_their_source_and_the_settings(
+    clip: Clip, tmp_path: Path, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    video = source / "clip.mp4"
+    copy = out / ("clip.mp4" if way == "--reencode" else "clip")
+
+    def made(side: int) -> tuple[int, bool]:
+        assert run(source, way, out, "--side", side) == 0, capsys.readouterr()
+        found = open_video(copy)
+        brightness = found.read([0, 39]).mean(axis=(1, 2, 3))
+        return found.height, bool(brightness[0] < brightness[1])
+
+    video.write_bytes(clip("h264").read_bytes())
+    assert made(96) == (96, True)
+    first = copy.stat().st_mtime_ns
+    assert made(96)[0] == 96 and copy.stat().st_mtime_ns == first
+    with av.open(str(video), "w") as output:  # as many frames, the other way round
+        stream = output.add_stream("libx264", rate=30, options={"crf": "30"})
+        stream.width, stream.height, stream.pix_fmt = 144, 96, "yuv420p"
+        for number in range(39, -1, -1):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    assert made(96) == (96, False)
+    assert made(64)[0] == 64
+    assert [path.name for path in out.iterdir()] == [copy.name]
+
+
+def test_copies_replace_nothing_but_copies(
+    clip: Clip, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(clip("h264").read_bytes())
+    assert run(tmp_path, "--reencode", tmp_path, "--side", 64) == 1
+    assert "exists and is no copy made here" in capsys.readouterr().out
+    assert video.read_bytes() == clip("h264").read_bytes()
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "mine.txt").write_text("mine")
+    assert run(tmp_path, "--frames", tmp_path) == 1
+    assert (tmp_path / "clip" / "mine.txt").exists()
+
+
+def test_folders_of_frames_become_videos_and_smaller_folders(
+    clip: Clip, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames, good = tmp_path / "frames", tmp_path / "good.txt"
+    listed = tmp_path / "list.txt"
+    for name in ("a", "b"):
+        (frames / name).mkdir(parents=True)
+        for number in range(20):
+            image = Image.fromarray(picture(number + 1))
+            image.save(frames / name / f"{number + 1:03d}.png")
+    Image.fromarray(picture(3, 64, 64)).save(frames / "b" / "007.png")
+    listed.write_text("a 20 1\nb 20 0\n")
+    for way, copy in (("--reencode", "a.mp4"), ("--frames", "a")):
+        out = tmp_path / "out" / way
+        arguments = (listed, "--root", frames, "--frame-template", "{:03d}.png", "--good", good)
+        assert run(*arguments, way, out) == 1
+        assert "64 x 64, the first image 144 x 96" in capsys.readouterr().out
+        assert good.read_text() == f"{copy} 20 1\n"
+        video = open_video(out / copy)
+        assert [number_of(frame) for frame in video.read([0, 19])] == [1, 20]
+
+
+def test_a_folder_without_classes_becomes_a_list_without_labels(clip: Clip, tmp_path: Path) -> None:
+    source, good = tmp_path / "in", tmp_path / "good.txt"
+    source.mkdir()
+    (source / "a clip.mp4").write_bytes(clip("h264").read_bytes())
+    (source / "b.mp4").write_bytes(clip("vp9").read_bytes())
+    for more, names in (
+        ([], ["a clip.mp4", "b.mp4"]),
+        (["--frames", tmp_path / "jpg"], ["a clip", "b"]),
+    ):
+        assert run(source, "--good", good, *more) == 0
+        entries = read_list(good).entries
+        assert [(entry.name, entry.label, entry.labels) for entry in entries] == [
+            (name, -1, ()) for name in names
+        ]
+    assert run(good, "--root", tmp_path / "jpg") == 0
+    assert run(good, "--root", tmp_path / "jpg", "--reencode", tmp_path / "mp4") == 0
+
+
+def test_names_that_no_list_can_hold_are_said(
+    clip: Clip, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, good, bad = tmp_path / "in", tmp_path / "good.txt", tmp_path / "bad.tsv"
+    source.mkdir()
+    for name in (b"caf\xe9.mp4", b"two\nlines.mp4", b'the "best".mp4', b"plain.mp4"):
+        Path(os.fsdecode(os.fsencode(source) + b"/" + name)).write_bytes(clip("vp9").read_bytes())
+    assert run(source, "--good", good, "--bad", bad) == 1
+    assert good.read_text() == "plain.mp4\n"
+    rows = [line.split("\t") for line in bad.read_text().splitlines()]
+    assert sorted(name for name, _ in rows) == [
+        "caf\\udce9.mp4",
+        'the "best".mp4',
+        "two\\nlines.mp4",
+    ]
+    assert all("no list can name it" in reason for _, reason in rows)
+    assert "4 videos, 3 unreadable" in capsys.readouterr().out
 
 
 def test_copies_keep_a_variable_rate_and_mend_lying_times(clip: Clip, tmp_path: Path) -> None:

@@ -223,6 +223,8 @@ def describe(summary: dict[str, Any]) -> list[str]:
             f"top-1 {summary['top1']:.2f} % [{low:.2f}, {high:.2f}]   "
             f"top-5 {summary['top5']:.2f} %   mean class {summary['mean_class_accuracy']:.2f} %"
         )
+    else:
+        lines.append("no accuracy: no video that was scored has one label")
     lines.append(
         f"{summary['scored']} videos of {summary['classes']} classes, "
         f"{protocol['clips']} clips x {protocol['crops']} crops x {protocol['frames']} frames"

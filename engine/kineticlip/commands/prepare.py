@@ -73,11 +73,17 @@ def run(args: argparse.Namespace) -> int:
     if folder is not None:
         good = [item for item in checked if not item.reason]
         made = prepare.convert(
-            good, Path(folder), frames=bool(args.frames), side=args.side, workers=workers
+            good,
+            Path(folder),
+            frames=bool(args.frames),
+            side=args.side,
+            workers=workers,
+            frame_template=args.frame_template,
         )
         converted = iter(list(_progress(made, len(good), "written")))
         checked = [item if item.reason else next(converted) for item in checked]
     _write_lists(args, source, checked, folder is not None)
+    checked.extend(source.refused)
     summary = prepare.summarise(checked)
     if args.json:
         print(json.dumps({**summary, "items": _rows(checked)}))
@@ -127,7 +133,7 @@ def _write_lists(
             text = prepare.without_bad_lines(source, checked)
         prepare.write_text(args.good, text)
     if args.bad is not None:
-        prepare.write_text(args.bad, prepare.bad_list(checked))
+        prepare.write_text(args.bad, prepare.bad_list([*checked, *source.refused]))
 
 
 def _rows(checked: list[Checked]) -> list[dict[str, Any]]:

@@ -57,19 +57,24 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def read_folder(files: list[Path], numbers: tuple[int, ...]) -> Frames:
     """The chosen images: uint8 [n, H, W, 3]. All must have the first one's size."""
-    width, height = image_size(files[0])
-    out = np.empty((len(numbers), height, width, 3), dtype=np.uint8)
-    for row, number in enumerate(numbers):
-        size = image_size(files[number])
-        if size != (width, height):
+    return read_images([files[number] for number in numbers], image_size(files[0]))
+
+
+def read_images(files: list[Path], size: tuple[int, int]) -> Frames:
+    """Images of one (width, height): uint8 [n, H, W, 3]. Raises VideoError for any other."""
+    width, height = size
+    out = np.empty((len(files), height, width, 3), dtype=np.uint8)
+    for row, file in enumerate(files):
+        found = image_size(file)
+        if found != size:
             raise VideoError(
-                files[number], f"is {size[0]} x {size[1]}, the first image {width} x {height}"
+                file, f"is {found[0]} x {found[1]}, the first image {width} x {height}"
             )
         try:
-            with Image.open(files[number]) as image:
+            with Image.open(file) as image:
                 out[row] = np.asarray(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
-            raise VideoError(files[number], f"is a damaged image: {error}") from None
+            raise VideoError(file, f"is a damaged image: {error}") from None
     return out
 
 
