@@ -92,7 +92,7 @@ def configuration(work: Work, precision: str) -> Config:
 def engine_scores(recognizer: Recognizer, entries: Sequence[Entry], clock: Clock) -> Tensor:
     """The engine's way from files to probabilities [N, C]; the clock counts its images."""
     config, device = recognizer.config, recognizer.device
-    if why_not_on_device(config, device, pipeline="text4vis"):
+    if why_not_on_device(config, device):
         loader: TestLoader | DeviceLoader = TestLoader(entries, config)
     else:
         loader = DeviceLoader(entries, config, device=device)

@@ -147,6 +147,39 @@ def test_int8_tells_its_price(
     assert "int8 on cpu, layers packed by oneDNN; 16 images a forward" in out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert 0 < summary["extra"]["int8"]["score_difference"] < 0.05
+    assert main(words) == 0  # nothing is left to score: what was measured stays
+    again = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (again["extra"], again["speed"]) == (summary["extra"], summary["speed"])
+
+
+def test_eval_goes_on_only_over_the_same_files(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(evaluate(clips, out)) == 0
+    (tmp_path / "same").symlink_to(clips)
+    assert main([*evaluate(clips, out), "--root", str(tmp_path / "same")]) == 0
+    capsys.readouterr()
+    line = error_of(capsys, *evaluate(clips, out), "--root", str(tmp_path))
+    assert "belongs to another run: root is" in line and "\n" not in line.strip()
+
+
+def test_eval_scores_a_repeated_video_once_and_counts_files_read_in_sequence(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clip(tmp_path / "old.avi", render_clip(0, 0, np.random.default_rng(0)))
+    listing, out = tmp_path / "list.txt", tmp_path / "out"
+    names = ["clip0.mp4 0", f"{tmp_path / 'old.avi'} 1", "clip0.mp4 0", "clip1.mp4 1"]
+    listing.write_text("\n".join(names))
+    assert main(evaluate(clips, out, "--list", str(listing))) == 0
+    shown = capsys.readouterr().out
+    assert "decoded by pyav 4" in shown
+    assert "1 of them read in sequence: h264 in avi is always decoded in sequence" in shown
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["scored"], summary["speed"]["videos"]) == (4, 3)
+    rows = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[1:]]
+    scored = [row["video"] for row in rows if "views" in row]
+    assert sorted(scored) == sorted({name.split()[0] for name in names})
 
 
 def test_untrained_parts_are_refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from kineticlip.batch import VideoViews
 from kineticlip.config import load_config
 from kineticlip.dataset import Entry
 from kineticlip.demo import render_clip, write_clip
-from kineticlip.device_loader import DeviceLoader, why_not_on_device
+from kineticlip.device_loader import NO_ROOM, DeviceLoader, why_not_on_device
 from kineticlip.loader import BadVideo, TestLoader
+from kineticlip.video import VideoError
+from kineticlip.video.batch import Decoded, Request
 
 CPU = torch.device("cpu")
 SETTINGS = ["data.resolution=48", "data.num_frames=3", "test.clips=2", "test.crops=3"]
@@ -29,7 +33,7 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
     return [Entry(path.name, str(path), number) for number, path in enumerate(paths)]
 
 
-@pytest.mark.parametrize("pipeline", ["text4vis", "bike"])
+@pytest.mark.parametrize("pipeline", ["text4vis", "bike", "evl"])
 def test_views_equal_those_of_the_threads(entries: list[Entry], pipeline: str) -> None:
     config = load_config(None, SETTINGS)
     loader = DeviceLoader(entries, config, device=CPU, pipeline=pipeline)
@@ -49,17 +53,39 @@ def test_views_equal_those_of_the_threads(entries: list[Entry], pipeline: str) -
 
 
 @pytest.mark.parametrize(
-    ("pairs", "device", "pipeline", "reason"),
+    ("pairs", "device", "reason"),
     [
-        ((), "cpu", "text4vis", "no GPU"),
-        (("data.decoder=pyav",), "cuda", "text4vis", "data.decoder=pyav"),
-        ((), "cuda", "evl", "EVL's float pipeline"),
-        ((), "cuda", "bike", ""),
+        ((), "cpu", "no GPU"),
+        (("data.decoder=pyav",), "cuda", "data.decoder=pyav"),
+        (("data.pipeline=evl",), "cuda", ""),
+        ((), "cuda", ""),
     ],
 )
-def test_the_choice_has_a_reason(
-    pairs: tuple[str, ...], device: str, pipeline: str, reason: str
-) -> None:
-    config = load_config(None, [*SETTINGS, *pairs])
-    why = why_not_on_device(config, torch.device(device), pipeline=pipeline)
+def test_the_choice_has_a_reason(pairs: tuple[str, ...], device: str, reason: str) -> None:
+    why = why_not_on_device(load_config(None, [*SETTINGS, *pairs]), torch.device(device))
     assert why.startswith(reason) and bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize("room", [2, 1, 0])
+def test_out_of_memory_no_video_is_lost(
+    entries: list[Entry], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device with room for the frames of `room` videos at a time."""
+    config = load_config(None, SETTINGS)
+    loader = DeviceLoader(entries, config, device=CPU)
+    read = loader._reader.read
+
+    def tight(requests: Sequence[Request]) -> list[Decoded | VideoError]:
+        if len(requests) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(requests)
+
+    monkeypatch.setattr(loader._reader, "read", tight)
+    there, here = list(loader), list(TestLoader(entries, config))
+    assert len(there) == len(here)
+    for a, b in zip(there, here, strict=True):
+        if isinstance(a, BadVideo) or isinstance(b, BadVideo):
+            assert a == b
+        else:
+            assert a.name == b.name and torch.equal(a.images, b.images)
+            assert a.notes == (() if room else (NO_ROOM,))

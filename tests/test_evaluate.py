@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kineticlip import evaluate
 from kineticlip.batch import VideoViews
 from kineticlip.config import Config, load_config
 from kineticlip.dataset import Entry
@@ -118,6 +121,63 @@ def test_running_out_of_memory_halves_the_chunk_and_loses_no_video() -> None:
         video.name for video in stream
     ]
     assert clock.halvings == 2 and model.largest <= 4
+
+
+def test_a_group_that_does_not_fit_on_the_device_is_scored_by_halves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A device that holds the pixels of two videos at a time, whatever the chunk."""
+    method, tower = COUNTING, CountingTower()
+    held: list[weakref.ref[VideoViews]] = []
+
+    def upload(video: VideoViews) -> VideoViews:
+        held[:] = [seen for seen in held if seen() is not None]
+        if len(held) == 2:
+            raise torch.OutOfMemoryError("made up")
+        moved = replace(video)
+        held.append(weakref.ref(moved))
+        return moved
+
+    monkeypatch.setattr(evaluate, "_uploader", lambda device: upload)
+    videos = [made_video(number, 12) for number in range(7)]
+    clock = Clock()
+    results = list(score_stream(tower, method, videos, device=CPU, chunk=500, clock=clock))
+    assert [item.video.name for item in results] == [video.name for video in videos]
+    monkeypatch.undo()
+    plain = list(score_stream(tower, method, videos, device=CPU, chunk=500))
+    for item, other in zip(results, plain, strict=True):
+        torch.testing.assert_close(item.scores, other.scores, rtol=1e-6, atol=1e-6)
+    assert clock.halvings > 0
+
+
+def test_the_model_is_timed_on_a_full_group_or_on_one_view(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed: list[int] = []
+
+    def ceiling(
+        model: nn.Module, method: Method, videos: list[VideoViews], chunk: int, *, seconds: float
+    ) -> float:
+        timed.append(sum(len(video.images.flatten(0, 1)) for video in videos))
+        return 100.0
+
+    monkeypatch.setattr(evaluate, "measure_ceiling", ceiling)
+    full = made_video(0, 12)
+    images, view = len(full.images.flatten(0, 1)), len(full.frame_index[0].unique())
+    small = replace(full, images=full.images[:4, :1], frame_index=torch.arange(4)[None])
+    small = replace(small, crop_index=torch.zeros(1, dtype=torch.int64))
+    for limit, elapsed, expected in ((1e9, 10.0, images), (0.0, 1e9, view), (0.0, 0.0, None)):
+        monkeypatch.setattr(evaluate, "CEILING_LIMIT", limit)
+        clock = Clock()
+        videos = [full, full, small]
+        list(score_stream(CountingTower(), COUNTING, videos, device=CPU, chunk=images,
+                          clock=clock))  # fmt: skip
+        clock.waits["compute"] = 1.0
+        clock.ended = clock.started + elapsed
+        timed.clear()
+        evaluate._time_the_model(CountingTower(), COUNTING, clock)
+        assert timed == ([] if expected is None else [expected])
+        assert clock.summary()["model_images_per_second"] == (None if expected is None else 100.0)
 
 
 @pytest.mark.parametrize("crops", [1, 3])

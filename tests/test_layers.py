@@ -22,7 +22,7 @@ LAYERS = (
     {"transformer", "vision", "resnet", "temporal", "formats", "weights", "text", "classifier"},
     {"checkpoint"},
     {"methods"},
-    {"metrics", "results", "protocols", "optim", "deepspeed_config"},
+    {"metrics", "rows", "results", "protocols", "optim", "deepspeed_config"},
     {"train", "train_log", "validation", "launch", "evaluate", "predictor", "features", "demo"}
     | {"adopt", "average"}
     | {"feature_cache"}

@@ -158,6 +158,10 @@ def test_speeds_add_up() -> None:
     assert both["views_per_second"] == 3.0 and both["decode_percent"] == 30.0
     assert both["percent_of_model_speed"] == pytest.approx(40.0)
     assert combined_speed([], 1.0) == {}
+    untimed = {**one, "model_images_per_second": None, "percent_of_model_speed": None}
+    assert combined_speed([one, untimed], 20.0)["model_images_per_second"] is None
+    idle = {**untimed, "videos": 0, "images": 0}
+    assert combined_speed([one, idle], 20.0)["percent_of_model_speed"] == pytest.approx(40.0)
 
 
 def test_more_processes_than_sense(

@@ -23,11 +23,10 @@ from kineticlip.errors import UserError
 from kineticlip.results import (
     Results,
     ResultWriter,
-    VideoRow,
     protocol_fingerprint,
     read_results,
-    summarize,
 )
+from kineticlip.rows import VideoRow, summarize
 
 NAMES = ["a red ball", "b\u00e4r \u718a", "<script>", "running", "jumping", "sitting", "eating"]
 ENTRIES = [(f"clips/video {n}.mp4", n % len(NAMES)) for n in range(20)]

@@ -27,7 +27,7 @@ class VideoViews:
     images: uint8 [U, V, 3, S, S] (U distinct frames, V distinct crops), or float32 already
     normalised. View (crop i, clip k) shows images[frame_index[k], crop_index[i]]; views are
     numbered crop-major, as in the official codes. frame_index: int64 [K, T]; crop_index: int64
-    [crops].
+    [crops]. notes: why its frames were read another way than planned.
     """
 
     name: str
@@ -37,6 +37,7 @@ class VideoViews:
     crop_index: Tensor
     decoder: str
     num_frames: int
+    notes: tuple[str, ...] = ()
 
     @property
     def num_views(self) -> int:

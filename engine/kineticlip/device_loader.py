@@ -7,10 +7,10 @@ in the results. Frames of two batches are held at a time.
 from __future__ import annotations
 
 import functools
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -18,14 +18,22 @@ import torch
 from kineticlip.batch import VideoViews
 from kineticlip.config import Config
 from kineticlip.dataset import Entry
-from kineticlip.loader import BadVideo, open_entry, pipeline_of, run_ahead, test_cache
+from kineticlip.loader import (
+    BadVideo,
+    open_entry,
+    pipeline_of,
+    run_ahead,
+    test_cache,
+    views_of,
+)
 from kineticlip.sampling import sample_test
 from kineticlip.video import Plan, ProbeCache, VideoError, VideoSource, plan_frames
 from kineticlip.video.batch import BatchReader, Decoded, Request
-from kineticlip.views import Geometry, geometry
+from kineticlip.views import Geometry, apply_tensor, geometry
 from kineticlip_kernels.patches import cut_crops
 
 BATCH = 16  # videos in one run of the decoder
+NO_ROOM = "read on the CPU: out of device memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +47,12 @@ class _Opened:
     count: int
 
 
-def why_not_on_device(config: Config, device: torch.device, *, pipeline: str) -> str:
+def why_not_on_device(config: Config, device: torch.device) -> str:
     """Why videos are read by threads of the CPU; "" where a DeviceLoader can take them."""
     if device.type != "cuda":
         return "no GPU: decoded on the CPU"
     if config.data.decoder == "pyav":
         return "data.decoder=pyav: decoded on the CPU"
-    if pipeline_of(config.data, pipeline) == "evl":
-        return "EVL's float pipeline is cut on the CPU"
     return ""
 
 
@@ -54,8 +60,9 @@ class DeviceLoader:
     """The test views of entries, in list order, with images on `device`.
 
     Iterating yields VideoViews, or a BadVideo in the place of one that cannot be read. `choice`
-    says which decoder was taken and why; `notes` counts why single files went to the CPU. Raises
-    UserError where a decoder asked for by name cannot be had.
+    says which decoder was taken and why; the views' notes say why single files went to the CPU.
+    Out of device memory a batch is read by halves, at last a video by the CPU. Raises UserError
+    where a decoder asked for by name cannot be had.
     """
 
     def __init__(
@@ -81,7 +88,6 @@ class DeviceLoader:
             num_threads=max(config.data.workers, 16) if device.type == "cuda" else 2,
         )
         self.choice = f"{self._reader.decoder}: {self._reader.reason}"
-        self.notes: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -109,12 +115,32 @@ class DeviceLoader:
         self, entries: Sequence[Entry]
     ) -> tuple[deque[VideoViews | BadVideo], torch.cuda.Event | None]:
         if self._device.type != "cuda":
-            return deque(self._views(entries)), None
+            return deque(self._within_memory(entries)), None
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            videos = deque(self._views(entries))
+            videos = deque(self._within_memory(entries))
             done = torch.cuda.Event()
             done.record()
         return videos, done
+
+    def _within_memory(self, entries: Sequence[Entry]) -> list[VideoViews | BadVideo]:
+        try:
+            return list(self._views(entries))
+        except torch.OutOfMemoryError:
+            pass  # its traceback goes first, and with it the tensors of the failed attempt
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(entries) == 1:
+            return [self._on_cpu(entries[0])]
+        middle = len(entries) // 2
+        return self._within_memory(entries[:middle]) + self._within_memory(entries[middle:])
+
+    def _on_cpu(self, entry: Entry) -> VideoViews | BadVideo:
+        """The views of a video as the threads make them; they travel in the evaluation loop."""
+        try:
+            video = views_of(entry, self._config, pipeline=self._rules, cache=self._cache)
+        except VideoError as error:
+            return BadVideo(entry.name, entry.label, error.reason)
+        return replace(video, notes=(*video.notes, NO_ROOM))
 
     @functools.cached_property
     def _stream(self) -> torch.cuda.Stream:
@@ -147,16 +173,20 @@ class DeviceLoader:
         return _Opened(entry=entry, source=source, plan=plan, request=request, count=count)
 
     def _cut(self, item: _Opened, decoded: Decoded) -> VideoViews:
-        self.notes.update(decoded.notes)
         shape = self._geometry(item.source)
         crops, place = shape.distinct()
-        images = cut_crops(
-            decoded.frames,
-            [(crop.x, crop.y, crop.flip) for crop in crops],
-            width=shape.width,
-            height=shape.height,
-            side=shape.size,
-        )  # [U, V, 3, S, S]
+        if self._rules == "evl":
+            images = apply_tensor(
+                decoded.frames, shape, crops=crops, numbers=item.plan.frames, count=item.count
+            )
+        else:
+            images = cut_crops(
+                decoded.frames,
+                [(crop.x, crop.y, crop.flip) for crop in crops],
+                width=shape.width,
+                height=shape.height,
+                side=shape.size,
+            )  # [U, V, 3, S, S]
         return VideoViews(
             name=item.entry.name,
             label=item.entry.label,
@@ -165,6 +195,7 @@ class DeviceLoader:
             crop_index=torch.from_numpy(place).to(images.device),
             decoder=decoded.decoder,
             num_frames=item.count,
+            notes=decoded.notes,
         )
 
     def _geometry(self, source: VideoSource) -> Geometry:

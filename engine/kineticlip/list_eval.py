@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kineticlip.batch import VideoViews
-from kineticlip.config import Config
+from kineticlip.config import EIGHT_BITS, Config
 from kineticlip.dataset import Entry, VideoList, read_labels, scoring_list
 from kineticlip.device_loader import DeviceLoader, why_not_on_device
 from kineticlip.errors import UserError
@@ -22,7 +22,12 @@ from kineticlip.measure import machine_record
 from kineticlip.parallel_eval import check_same_run
 from kineticlip.predictor import Recognizer, compare_first, load_recognizer, pick_device
 from kineticlip.protocols import check_protocols, collect, measure
-from kineticlip.results import ResultWriter, protocol_fingerprint, remove_results
+from kineticlip.results import (
+    ResultWriter,
+    earlier_summary,
+    protocol_fingerprint,
+    remove_results,
+)
 
 Loader = TestLoader | DeviceLoader | FeatureViews
 
@@ -69,12 +74,18 @@ def evaluate_list(
 ) -> dict[str, Any]:
     """Scores the videos of data.val_list that have no result in `out` yet; gives the summary.
 
-    speed: of the processes that have scored the list already.
+    speed: of the processes that have scored the list already. Where nothing was left to score, the
+    summary keeps the speed, and what was compared, of the run that did the work.
     """
     with _opened(config, out, options) as run:
         here, extra = _score(run, run.entries)
         speed = dict(speed or here)
         extra.update(speed.pop("extra", {}))
+        if not speed["videos"]:
+            earlier = earlier_summary(out, run.writer.fingerprint)
+            speed = earlier.get("speed") or speed
+            compared = earlier.get("extra", {})
+            extra |= {name: compared[name] for name in EIGHT_BITS if name in compared}
         if run.listed.empty:
             extra["entries_without_frames"] = len(run.listed.empty)
         if run.listed.short:
@@ -128,6 +139,7 @@ def _opened(config: Config, out: Path, options: ListOptions) -> Iterator[_Run]:
         entries=listing,
         class_names=class_names,
         keep_scores=options.keep_scores or bool(options.metrics),
+        root="" if config.data.features else config.data.val_root,
     ) as writer:
         yield _Run(
             recognizer=recognizer, listed=listed, entries=entries, writer=writer, options=options
@@ -139,7 +151,8 @@ def _score(run: _Run, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[st
     recognizer, config, writer = run.recognizer, run.recognizer.config, run.writer
     if recognizer.classifier is not None:
         writer.save_classifier(recognizer.classifier.numpy())
-    todo = [entry for entry in entries if entry.name not in writer.done]
+    distinct = {entry.name: entry for entry in reversed(entries)}  # a list may repeat a video
+    todo = [entry for entry in reversed(distinct.values()) if entry.name not in writer.done]
     loader, decoding = _loader(recognizer, todo)
     stream: Iterable[VideoViews | BadVideo] = loader
     chunk, tower = recognizer.chunk, ["features"]
@@ -168,10 +181,7 @@ def _score(run: _Run, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[st
         one_by_one=config.eval.deterministic,
         progress=not run.options.quiet and bool(todo),
     )
-    speed: dict[str, Any] = {**clock.summary(), "decoding": decoding}
-    if isinstance(loader, DeviceLoader) and loader.notes:
-        speed["decoded_on_cpu"] = dict(loader.notes.most_common())
-    return speed, extra
+    return {**clock.summary(), "decoding": decoding}, extra
 
 
 def _loader(recognizer: Recognizer, todo: Sequence[Entry]) -> tuple[Loader, str]:
@@ -180,7 +190,7 @@ def _loader(recognizer: Recognizer, todo: Sequence[Entry]) -> tuple[Loader, str]
     if config.data.features:
         store = open_store(config, recognizer.method, recognizer.model)
         return FeatureViews(store, todo), "features"
-    why_not = why_not_on_device(config, recognizer.device, pipeline=rules)
+    why_not = why_not_on_device(config, recognizer.device)
     if why_not:
         return TestLoader(todo, config, pipeline=rules), why_not
     loader = DeviceLoader(todo, config, device=recognizer.device, pipeline=rules)

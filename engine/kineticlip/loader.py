@@ -114,6 +114,7 @@ def views_of(
         crop_index=torch.from_numpy(place),
         decoder=source.decoder,
         num_frames=count,
+        notes=tuple(source.notes),
     )
 
 

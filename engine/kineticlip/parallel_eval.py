@@ -269,13 +269,16 @@ def _read_speed(part: Path) -> Json:
 def combined_speed(speeds: Sequence[Mapping[str, Any]], seconds: float) -> Json:
     """Clock summaries of processes that ran side by side, as one over `seconds` of wall time.
 
-    Counts and the speeds of the models add up; shares of waiting are means over the processes.
+    Counts and the speeds of the models add up; shares of waiting are means over the processes. A
+    process that did not time its model leaves that of all unknown.
     """
     if not speeds:
         return {}
     total: Json = dict(speeds[0])
-    for key in ("videos", "images", "model_images_per_second", "chunk_halvings"):
+    for key in ("videos", "images", "chunk_halvings"):
         total[key] = sum(speed[key] for speed in speeds)
+    ceilings = [speed["model_images_per_second"] for speed in speeds if speed["videos"]]
+    ceiling = sum(ceilings) if ceilings and None not in ceilings else None
     views = sum(speed["views_per_second"] * speed["seconds"] for speed in speeds)
     for key in (key for key in total if key.endswith("_percent")):
         total[key] = sum(speed[key] for speed in speeds) / len(speeds)
@@ -283,6 +286,8 @@ def combined_speed(speeds: Sequence[Mapping[str, Any]], seconds: float) -> Json:
     total["videos_per_second"] = total["videos"] / seconds
     total["images_per_second"] = total["images"] / seconds
     total["views_per_second"] = views / seconds
-    ceiling = total["model_images_per_second"]
-    total["percent_of_model_speed"] = 100 * total["images_per_second"] / ceiling if ceiling else 0.0
+    total["model_images_per_second"] = ceiling
+    total["percent_of_model_speed"] = (
+        100 * total["images_per_second"] / ceiling if ceiling else None
+    )
     return total

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from kineticlip import metrics
 from kineticlip.journal import Json
-from kineticlip.results import UNTRAINED, Results, VideoRow
+from kineticlip.results import UNTRAINED, Results
+from kineticlip.rows import VideoRow
 
 # More of these would be read by nobody; what is left out is counted in the page.
 MAX_PAIRS = 12

@@ -19,8 +19,8 @@ import base64
 import hashlib
 import io
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+import os
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,35 +34,16 @@ from kineticlip import metrics
 from kineticlip.config import Config, config_to_dict
 from kineticlip.errors import UserError
 from kineticlip.journal import Journal, Json, dump_json, write_atomic
+from kineticlip.rows import VideoRow, summarize
 
 JOURNAL, TABLE, SUMMARY = "journal.jsonl", "results.parquet", "summary.json"
 SCORES, CLASSIFIER, THUMBNAILS = "scores.safetensors", "classifier.safetensors", "thumbnails"
 FORMAT = 1
 UNTRAINED = "untrained"  # the protocol's weights id of a model with random weights
-INTERVAL_LEVEL = 0.95
 THUMBNAIL_HEIGHT = 96
 LIST_KEYS = ("train_list", "train_root", "val_list", "val_root", "labels")
 
 Entry = tuple[str, int]  # a list line: path as listed, label (-1: several labels, or none)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoRow:
-    """One row of results.parquet. prediction is None and the top5 lists are empty if bad."""
-
-    video: str  # path as listed
-    label: int
-    label_name: str
-    prediction: int | None
-    top5: list[int]
-    top5_names: list[str]
-    top5_scores: list[float]  # float32
-    correct: bool
-    views: int
-    frames: int  # of the video file
-    decoder: str
-    status: str  # ok, bad
-    reason: str  # why bad
 
 
 def protocol_fingerprint(
@@ -132,9 +113,12 @@ class ResultWriter:
         entries: Sequence[Entry],
         class_names: Sequence[str],
         keep_scores: bool = False,
+        root: str = "",
         sync_seconds: float = 5.0,
     ) -> ResultWriter:
         """Starts a results folder, or continues one of the same protocol: see `done`.
+
+        root: the folder of the videos; a run goes on only over the files that it began with.
 
         Raises UserError when the folder holds results of another protocol (naming the first
         difference), when another process writes there, and for a label without a class name.
@@ -143,6 +127,7 @@ class ResultWriter:
             if not -1 <= label < len(class_names):
                 raise UserError(f"{video}: label {label}, but there are {len(class_names)} classes")
         header = {"format": FORMAT, "keep_scores": keep_scores, "protocol": dict(fingerprint)}
+        header["root"] = os.path.realpath(root) if root else ""
         return cls(
             Path(folder),
             Journal(Path(folder) / JOURNAL, header, sync_seconds=sync_seconds),
@@ -162,10 +147,20 @@ class ResultWriter:
         """Length of the torn line that was cut off the journal on opening."""
         return self._journal.dropped_bytes
 
-    def add(self, video: str, scores: ArrayLike, *, views: int, frames: int, decoder: str) -> None:
+    def add(
+        self,
+        video: str,
+        scores: ArrayLike,
+        *,
+        views: int,
+        frames: int,
+        decoder: str,
+        notes: Sequence[str] = (),
+    ) -> None:
         """Journals one scored video: float32 [C], higher is better.
 
-        Raises UserError for NaN or infinite scores: they have no ranking worth recording.
+        notes: why its frames were read another way than planned. Raises UserError for NaN or
+        infinite scores: they have no ranking worth recording.
         """
         row = np.asarray(scores, dtype=np.float32)
         assert row.shape == (len(self.class_names),), (row.shape, len(self.class_names))
@@ -182,6 +177,8 @@ class ResultWriter:
             "frames": frames,
             "decoder": decoder,
         }
+        if notes:
+            line["notes"] = "; ".join(notes)
         if self.keep_scores:
             line["scores"] = base64.b64encode(row.astype("<f4").tobytes()).decode()
         self._append(line)
@@ -288,7 +285,7 @@ class ResultWriter:
             frames=line.get("frames", 0),
             decoder=line.get("decoder", ""),
             status="bad" if "reason" in line else "ok",
-            reason=line.get("reason", ""),
+            reason=str(line.get("reason", line.get("notes", ""))),
         )
 
     def scores(self) -> NDArray[np.float32]:
@@ -318,6 +315,16 @@ class ResultWriter:
         ]
 
 
+def earlier_summary(folder: str | Path, fingerprint: Mapping[str, Any]) -> Json:
+    """The summary that an earlier run of the same protocol left in the folder; {} without one."""
+    path = Path(folder) / SUMMARY
+    found = _read_json(path) if path.is_file() else {}
+    same = isinstance(found, dict) and found.get("protocol") == json.loads(
+        json.dumps(dict(fingerprint))
+    )
+    return found if same else {}
+
+
 def remove_results(folder: str | Path) -> None:
     """Deletes the files of an evaluation, and nothing else, so that it starts afresh."""
     root = Path(folder)
@@ -326,43 +333,6 @@ def remove_results(folder: str | Path) -> None:
     for picture in (root / THUMBNAILS).glob("*.jpg"):
         picture.unlink()
     (root / THUMBNAILS / "index.json").unlink(missing_ok=True)
-
-
-def summarize(rows: Sequence[VideoRow], class_names: Sequence[str]) -> Json:
-    """Accuracy and counts of the rows; accuracies are None when no video could be scored.
-
-    Bad videos count in `bad`, not in the accuracies; `top1_bad_as_wrong` counts them as wrong.
-    Rows without a single label have no accuracy.
-    """
-    scored = [row for row in rows if row.status == "ok"]
-    labelled = [row for row in scored if row.label >= 0]
-    hits = [row.correct for row in labelled]
-    hits5 = [row.label in row.top5 for row in labelled]
-    confusion = metrics.confusion_matrix(
-        [row.top5[0] for row in labelled],
-        [row.label for row in labelled],
-        num_classes=len(class_names),
-    )
-    return {
-        "videos": len(rows),
-        "scored": len(scored),
-        "bad": len(rows) - len(scored),
-        "bad_reasons": _counted(row.reason for row in rows if row.status == "bad"),
-        "decoders": _counted(row.decoder for row in scored),
-        "views": sum(row.views for row in scored),
-        "classes": len(class_names),
-        "classes_with_videos": int((confusion.sum(axis=1) > 0).sum()),
-        "class_names": list(class_names),
-        "top1": _number(metrics.mean_percent(hits)),
-        "top1_interval": _interval(hits),
-        "top5": _number(metrics.mean_percent(hits5)),
-        "top5_interval": _interval(hits5),
-        "interval_level": INTERVAL_LEVEL,
-        "mean_class_accuracy": _number(metrics.mean_class_accuracy(confusion)),
-        "top1_bad_as_wrong": _number(
-            metrics.mean_percent([row.correct for row in rows if row.label >= 0])
-        ),
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,19 +451,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-
-
-def _counted(words: Iterable[str]) -> dict[str, int]:
-    """Most frequent first, equals by name: the same rows give the same bytes."""
-    return dict(sorted(Counter(words).items(), key=lambda item: (-item[1], item[0])))
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value  # JSON has no NaN
-
-
-def _interval(hits: Sequence[bool]) -> list[float] | None:
-    return list(metrics.bootstrap_interval(hits, level=INTERVAL_LEVEL)) if hits else None
 
 
 def _sha256(text: str) -> str:

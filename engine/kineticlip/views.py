@@ -174,16 +174,16 @@ def cut_into(image: Frames, planes: Frames, crop: Crop) -> None:
     ]
 
 
-def normalise(frames: Frames, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(frames: Frames | Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalised float32 planes in EVL's layout: uint8 [U, H, W, 3] -> [3, U, H, W]."""
-    planes = torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
+    planes = torch.as_tensor(frames).permute(3, 0, 1, 2).contiguous()
     pixels = planes.to(torch.float32).div_(255.0)
-    pixels.sub_(torch.tensor(mean).view(3, 1, 1, 1)).div_(torch.tensor(std).view(3, 1, 1, 1))
-    return pixels
+    shift, scale = (pixels.new_tensor(values).view(3, 1, 1, 1) for values in (mean, std))
+    return pixels.sub_(shift).div_(scale)
 
 
 def apply_tensor(
-    frames: Frames,
+    frames: Frames | Tensor,
     geometry: Geometry,
     *,
     crops: Sequence[Crop] | None = None,
@@ -196,7 +196,8 @@ def apply_tensor(
 
     EVL's and Vita-CLIP's order of operations: bilinear without antialiasing on normalised values.
     The official codes resize whole videos. With the ascending frame `numbers` and the video's
-    frame `count` the few frames needed come out the same to the last bit (see `_official_lanes`).
+    frame `count` the few frames needed come out the same to the last bit (see `_official_lanes`)
+    on an x86 CPU. A tensor's images are made, and stay, on its device.
     """
     boxes = geometry.distinct()[0] if crops is None else crops
     size = geometry.size

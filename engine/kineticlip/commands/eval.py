@@ -256,12 +256,11 @@ def describe(summary: dict[str, Any]) -> list[str]:
         lines.append(f"{speed['tower']}; {speed['chunk']} images a forward")
         decoders = ", ".join(f"{name} {count}" for name, count in summary["decoders"].items())
         lines.append(f"decoded by {decoders} ({speed['decoding']}); bad files: {summary['bad']}")
-        for why, count in speed.get("decoded_on_cpu", {}).items():
-            lines.append(f"  {count} files {why}")
+        lines += [f"  {count} of them {why}" for why, count in summary["fallbacks"].items()]
     return lines
 
 
 def _model_share(speed: dict[str, Any]) -> str:
-    if not speed["percent_of_model_speed"]:
+    if speed["percent_of_model_speed"] is None:
         return "the model alone not timed (one group takes too long)"
     return f"{speed['percent_of_model_speed']:.0f} % of the model alone"

@@ -77,11 +77,15 @@ class DaliDecoder:
 
         Where a stream cannot be decoded its place holds the Unsuitable that says why.
         """
+        import torch
+
         results: list[Any] = []
         for start in range(0, len(streams), self.batch):
             some = streams[start : start + self.batch]
             try:
                 results.extend(self._run(some))
+            except torch.OutOfMemoryError:
+                raise  # no fault of the streams
             except RuntimeError as error:
                 # One bad stream fails its whole batch without a name; the pipeline survives.
                 if len(some) == 1:

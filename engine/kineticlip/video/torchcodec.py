@@ -64,6 +64,8 @@ def read_by_torchcodec(scan: Scan, numbers: tuple[int, ...]) -> Frames:
 
 def decode_trimmed(trimmed: Trimmed, *, device: str) -> Any:
     """A trimmed stream's wanted frames: torch uint8 [n, H, W, 3] on the device, not yet turned."""
+    import torch
+
     decoders = load()
     if next(_opens) % OPENS_BETWEEN_TRIMS == 0:
         release_freed_memory()
@@ -77,7 +79,12 @@ def decode_trimmed(trimmed: Trimmed, *, device: str) -> Any:
         )
         if len(decoder) != trimmed.pictures:
             raise Unsuitable(f"torchcodec counts {len(decoder)} pictures of {trimmed.pictures}")
+        # Where NVDEC does not take the stream it would be decoded on the CPU without a word.
+        if device.startswith("cuda") and decoder.cpu_fallback:
+            raise Unsuitable(f"torchcodec: {decoder.cpu_fallback}")
         batch = decoder.get_frames_at(list(trimmed.positions))
+    except torch.OutOfMemoryError:
+        raise  # no fault of the stream
     except (RuntimeError, ValueError, IndexError) as error:
         if isinstance(error, Unsuitable):
             raise
