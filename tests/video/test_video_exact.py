@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from video_clips import RECIPES, number_of, picture, read_plainly
+from video_clips import RECIPES, Recipe, number_of, picture, read_plainly, write_clip
 
 from kineticlip.errors import UserError
 from kineticlip.video import VideoError, open_video, probe
@@ -99,6 +99,19 @@ def test_decoding_times_posing_as_presentation_times_are_not_believed(
     assert not video.probe.in_time_order
     assert video.decoder == "pyav" and "time stamps" in " ".join(video.notes)
     assert [number_of(frame) for frame in video.read(range(40))] == list(range(40))
+
+
+def test_an_encoder_that_chose_no_b_frames_reorders_nothing(tmp_path: Path) -> None:
+    """Groups of two leave no place for the B-frames that the parameter set allows."""
+    path = tmp_path / "pairs.mp4"
+    recipe = Recipe(suffix=".mp4", codec="libx264", options={"x264-params": "keyint=2:bframes=3"})
+    write_clip(path, recipe)
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        assert container.streams.video[0].codec_context.has_b_frames and frame.key_frame
+    video = open_video(path)
+    assert (video.notes, video.num_frames, video.probe.keyframes) == ([], 40, 20)
+    assert [number_of(frame) for frame in video.read([39, 0, 17])] == [39, 0, 17]
 
 
 def test_pictures_that_change_size_are_scaled_to_the_first(tmp_path: Path) -> None:

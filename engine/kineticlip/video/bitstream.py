@@ -19,12 +19,14 @@ class PacketFacts:
     and none before it needs a picture from here on. layer: -1 where other pictures may refer to
     this one; else its temporal layer, and pictures of that layer do not refer to it. pictures: how
     many it puts out. parameters: its parameter sets beyond the container's, b"" where it has none.
+    in_order: proven to hold no bidirectional slice, so that encoders do not show it out of order.
     """
 
     starts_group: bool
     layer: int
     pictures: int
     parameters: bytes = b""
+    in_order: bool = False
 
 
 NO_PICTURE = PacketFacts(False, -1, 0)
@@ -72,7 +74,7 @@ def _start_coded(data: memoryview) -> Iterator[memoryview]:
 
 def _h264_facts(units: Iterator[memoryview], known: bytes) -> PacketFacts:
     """A picture no other refers to has nal_ref_idc 0 in every slice; both fields must agree."""
-    instant, reference, slices = True, False, 0
+    instant, reference, slices, in_order = True, False, 0, True
     parameters = b""
     for unit in units:
         if not len(unit):
@@ -80,13 +82,30 @@ def _h264_facts(units: Iterator[memoryview], known: bytes) -> PacketFacts:
         kind = unit[0] & 31
         if 1 <= kind <= 5:
             slices += 1
+            in_order &= kind in (1, 5) and _slice_type(unit) in (0, 2, 3, 4)
             instant &= kind == 5
             reference |= unit[0] & 0x60 != 0
         elif kind in (7, 8, 13, 15):
             parameters += _unless_known(unit, known)
     if not slices:
         return NO_PICTURE
-    return PacketFacts(instant, -1 if reference else 0, 1, parameters)
+    return PacketFacts(instant, -1 if reference else 0, 1, parameters, in_order)
+
+
+def _slice_type(unit: memoryview) -> int:
+    """slice_type modulo 5 of an H.264 slice: 0 P, 1 B, 2 I, 3 SP, 4 SI; -1 for a header cut off."""
+    payload = bytes(unit[1:17]).replace(b"\0\0\3", b"\0\0")  # without emulation prevention
+    bits = "".join(f"{byte:08b}" for byte in payload)
+    values: list[int] = []
+    start = 0
+    while len(values) < 2:  # first_mb_in_slice, slice_type: Exp-Golomb codes (9.1)
+        zeros = bits.find("1", start) - start
+        end = start + 2 * zeros + 1
+        if zeros < 0 or end > len(bits):
+            return -1
+        values.append(int(bits[start + zeros : end], 2) - 1)
+        start = end
+    return values[1] % 5
 
 
 def _hevc_facts(units: Iterator[memoryview], known: bytes) -> PacketFacts:

@@ -90,7 +90,8 @@ def build_table(stream: Any, packets: Iterable[tuple[Any, PacketFacts]]) -> Tabl
         return "groups of pictures overlap in time"
     codec = stream.codec.canonical_name
     in_order = bool((np.diff(order) > 0).all())
-    if codec in REORDERING and stream.codec_context.has_b_frames and in_order and len(order) > 2:
+    reordered = stream.codec_context.has_b_frames and not all(fact.in_order for fact in facts)
+    if codec in REORDERING and reordered and in_order and len(order) > 2:
         # An AVI copied into MP4 or Matroska looks like this: decoding times posing as presentation.
         return "pictures are reordered but their time stamps are not"
     if codec not in REORDERING and not in_order:

@@ -1,4 +1,9 @@
-"""Frames by torchcodec on the CPU, from trimmed streams; it uses the system's FFmpeg libraries."""
+"""Frames by torchcodec, from trimmed streams; it uses the system's FFmpeg libraries.
+
+torchcodec does not tell which pictures its decoder marks as damaged (PyAV does, and such a file is
+read in sequence then): of a damaged file it may show other concealment than a sequential decode.
+`kineticlip prepare` names these files.
+"""
 
 from __future__ import annotations
 
