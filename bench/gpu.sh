@@ -51,11 +51,8 @@ fi
 
 # Compiling is most of what tests and first calls do, and needs no quiet GPU: all at once, in as
 # many processes as there are cores to spare. The benchmarks find the compiled kernels in caches.
-mapfile -t files < <(ls tests/kernels/test_*.py | grep -v test_aot)
-if ! "$python" -c 'import PIL, safetensors' 2>/dev/null; then
-    echo "gpu.sh: no Pillow or no safetensors; leaving out what compares with their files"
-    mapfile -t files < <(grep -LE '^(import|from) (PIL|safetensors)' "${files[@]}")
-fi
+mapfile -t files < <(ls tests/kernels/test_*.py | grep -v test_aot |
+    xargs "$python" bench/importable.py)
 shards=$(($(nproc) > 8 ? 4 : 1))
 for ((shard = 0; shard < shards; shard++)); do
     mine=()

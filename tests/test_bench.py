@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,6 +166,41 @@ def test_gpu_script_refuses_a_machine_without_one() -> None:
     assert "no GPU here; ON_CPU=1" in done.stderr
 
 
+MINIMAL = """
+import runpy, sys
+from importlib.abc import MetaPathFinder
+
+class OnlyThese(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+ABSENT = ("torchvision PIL av torchcodec open_clip deepspeed safetensors pydantic yaml pyarrow "
+          "jinja2 sklearn xformers ftfy regex transformers hjson huggingface_hub").split()
+sys.meta_path.insert(0, OnlyThese())
+sys.argv[0] = "importable.py"
+runpy.run_path("bench/importable.py", run_name="__main__")
+"""
+
+
+def test_the_kernels_tests_need_no_installation_but_those_against_other_files() -> None:
+    """What gpu.sh runs where only torch, triton, numpy and pytest are."""
+    files = sorted(path for path in (ROOT / "tests/kernels").glob("test_*.py"))
+    names = [str(path.relative_to(ROOT)) for path in files if "aot" not in path.name]
+    paths = ("engine", "kernels", "tests/kernels", "bench")
+    done = subprocess.run(
+        [sys.executable, "-c", MINIMAL, *names],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": ":".join(str(ROOT / path) for path in paths)},
+    )
+    left_out = {Path(name).stem for name in {*names} - {*done.stdout.split()}}
+    assert left_out == {"test_class_loss", "test_patches_pillow", "test_evl_official",
+                        "test_temporal_official"}, done.stderr  # fmt: skip
+
+
 def test_tuning_takes_the_fastest_row_that_runs() -> None:
     seen: list[int] = []
     device = torch.device("cpu")
@@ -173,6 +209,7 @@ def test_tuning_takes_the_fastest_row_that_runs() -> None:
         return lambda: tuning.blocks("layer_norm_forward", device)["BLOCK_ROWS"]
 
     def measure(run: Callable[[], int]) -> float:
+        assert not torch.autograd.is_multithreading_enabled()  # other threads see no candidate
         rows = run()
         seen.append(rows)
         if rows == 8:

@@ -55,6 +55,11 @@ def class_cross_entropy(
     and device: an error would cost a wait for the GPU. Neither kind of row has a gradient.
     """
     _check_rows("class_cross_entropy", x, classes, 2)
+    if labels.shape != x.shape[:1] or labels.dtype != torch.int64 or scale.numel() != 1:
+        raise UnsupportedInput(
+            f"class_cross_entropy: labels are {labels.dtype} {tuple(labels.shape)}, the scale has "
+            f"{scale.numel()} elements; expected int64 [{len(x)}] and one"
+        )
     why_not = triton_reasons(impl, x=x, classes=classes)
     if x.dtype != classes.dtype:
         why_not.append("x and classes differ in dtype")
@@ -149,5 +154,7 @@ def _check_rows(op: str, x: Tensor, classes: Tensor, *ranks: int) -> None:
             f"{op}: x is {tuple(x.shape)}, classes {tuple(classes.shape)}; expected "
             f"[N, {'V, ' if 3 in ranks else ''}E] and [C, E]"
         )
+    if x.ndim == 3 and x.shape[1] == 0:
+        raise UnsupportedInput(f"{op}: x is {tuple(x.shape)}, without views")
     if len(classes) == 0:
         raise UnsupportedInput(f"{op}: there are no classes")

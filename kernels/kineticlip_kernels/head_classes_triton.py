@@ -218,7 +218,9 @@ def _launch_log_sum(
     """-> (partial fp32 [2, blocks of classes, R], the labels' logits fp32 [R])."""
     rows, count = len(x), len(classes)
     target = None
-    if labels is not None:  # a label outside [0, C) leaves its NaN
+    if labels is not None:
+        labels = labels.contiguous()
+        # a label outside [0, C) leaves its NaN
         target = torch.full((rows,), float("nan"), dtype=torch.float32, device=x.device)
     block = blocks("class_logits", x.device, rows=rows, itemsize=x.itemsize)
     steps = ceil_div(count, block["BLOCK_C"])
@@ -258,7 +260,7 @@ def _class_cross_entropy_backward(
     grad_classes = classes.new_zeros(classes.shape if flags[1] else 0)
     # The logits are linear in the scale, so d loss / d scale = (mean logit - label's) / scale.
     grad_scale = ((grad_loss * excess).sum() / scale).reshape(scale.shape)
-    rows = len(x)
+    rows, labels = len(x), labels.contiguous()
     block = blocks("class_logits", x.device, rows=rows, itemsize=x.itemsize)
     for first in range(0, len(classes) if rows and any(flags[:2]) else 0, CHUNK):
         chunk = classes[first : first + CHUNK]

@@ -49,12 +49,19 @@ def grid(**choices: tuple[int, ...]) -> tuple[Blocks, ...]:
 def tune(
     targets: Iterable[Target], device: torch.device, measure: Measure
 ) -> Iterator[tuple[Target, list[tuple[Blocks, float]]]]:
-    """Each target with its candidates that ran and their milliseconds, fastest first."""
+    """Each target with its candidates that ran and their milliseconds, fastest first.
+
+    Backward passes run on this thread: those of autograd's own would not see the candidate.
+    """
     for target in targets:
         run = target.make(device)
         times: list[tuple[Blocks, float]] = []
         for row in target.candidates:
-            with tuning.trial(target.kernel, row), suppress(TooLarge):
+            with (
+                torch.autograd.set_multithreading_enabled(False),
+                tuning.trial(target.kernel, row),
+                suppress(TooLarge),
+            ):
                 times.append((row, measure(run)))
         yield target, sorted(times, key=lambda item: item[1])
 

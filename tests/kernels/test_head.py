@@ -133,6 +133,18 @@ def test_faces_agree_on_ignored_and_wrong_labels() -> None:
         assert torch.allclose(triton, reference, atol=1e-5)
 
 
+def test_labels_may_be_a_column_of_a_table() -> None:
+    x, classes = rows(5, 8), rows(7, 8, seed=1)
+    scale = torch.tensor(9.0, device=DEVICE, requires_grad=True)
+    table = torch.stack([labels(5, 7), labels(5, 7).flip(0)], dim=1)  # [N, 2]
+    found = {}
+    for impl in ("reference", "triton"):
+        loss = class_cross_entropy(x, classes, table[:, 0], scale, impl=impl)
+        found[impl] = [loss, *torch.autograd.grad(loss.sum(), [x, classes, scale])]
+    for triton, reference in zip(found["triton"], found["reference"], strict=True):
+        assert torch.allclose(triton, reference, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize(
     ("shape", "classes", "k"),
@@ -207,6 +219,11 @@ def test_what_cannot_run_says_why() -> None:
     assert top_classes(x, rows(70, 8), 65)[0].shape == (2, 65)
     with pytest.raises(UnsupportedInput, match=r"expected \[N, E\] and \[C, E\]"):
         class_cross_entropy(x, rows(5, 9), labels(2, 5), torch.tensor(1.0))
+    for wrong in (labels(3, 5), labels(2, 5).int(), labels(2, 5)[:, None]):
+        with pytest.raises(UnsupportedInput, match=r"expected int64 \[2\] and one"):
+            class_cross_entropy(x, classes, wrong, torch.tensor(1.0))
+    with pytest.raises(UnsupportedInput, match="without views"):
+        top_classes(randn(2, 0, 8), classes, 2)
     with pytest.raises(UnsupportedInput, match="differ in dtype"):
         top_classes(x, classes.to(BF16), 2, impl="triton")
     with pytest.raises(UnsupportedInput, match="logits need a gradient"):
