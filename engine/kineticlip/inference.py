@@ -22,8 +22,8 @@ from kineticlip.errors import UserError
 from kineticlip.vision import VisionTransformer
 
 QUICK = 1.702  # quick_gelu(x) = swish(1.702 x) / 1.702, and oneDNN fuses swish into the product
-ROWS = 64  # quantised at a time: 1154 x 4096 bf16 take 5.6 ms of a Zen 4 core, 7.9 ms all at once
-COMPILED_FROM = 5000  # images of a run: 20 s of compilation, 8 ms saved an image of ViT-B/16
+ROWS = 64  # quantised at a time, in the cache; bench/cpu_choices.py
+COMPILED_FROM = 5000  # images of a run, to earn back its compilation
 MIDDLE = 128  # oneDNN multiplies unsigned activations: byte = round(x / scale) + 128
 
 Fused = Literal["none", "swish", "gelu"]  # activations behind a product
@@ -32,8 +32,8 @@ Fused = Literal["none", "swish", "gelu"]  # activations behind a product
 class PackedLinear(nn.Module):
     """A linear layer in bf16 whose weight lies in oneDNN's own order. [..., D] -> [..., F].
 
-    Packed once instead of in every call: 4 to 8 % at the shapes of ViT-B and ViT-L. The
-    activation is part of the product.
+    Packed once instead of in every call (bench/cpu_choices.py). The activation is part of the
+    product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: Fused = "none") -> None:
@@ -71,7 +71,7 @@ class ByteLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         values, scale = self.quantise(x.flatten(0, -2))  # [R, D], [R, 1]
         out = self.product(values)  # [R, F]
-        # In place: new memory of this size has to be mapped page by page, 3 % of an image.
+        # In place: new memory of this size has to be mapped page by page.
         torch.addcmul(self.bias, out, scale.bfloat16(), out=out)
         if self.activation == "swish":
             out = F.silu(out, inplace=True)
@@ -97,7 +97,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x[start : start + ROWS].float()
         part = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-12).div_(127)
         scale[start : start + ROWS] = part
-        # By way of int32: the conversion of floats to bytes is not vectorised (99 us, not 144).
+        # By way of int32: the conversion of floats to bytes is not vectorised.
         values[start : start + ROWS] = rows.div_(part).round_().add_(MIDDLE).int()
     return values, scale
 
@@ -112,9 +112,8 @@ def fused_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 def compile_bytes(tower: nn.Module, *, backend: str = "inductor") -> None:
     """Has the quantisation before a tower's int8 products compiled when it first runs.
 
-    3152 rows on a Zen 4 core: 768 columns take 0.6 ms, not 2.9, and 3072 columns 2.6, not 8.0,
-    where the product of 768 by 3072 takes 35: 7 % of an image of ViT-B/16. Compiling what comes
-    behind the products gains nothing over working in place.
+    One loop over a row instead of several (bench/cpu_choices.py). Compiling what comes behind the
+    products gains nothing over working in place.
     """
     quantise = torch.compile(fused_quantise, dynamic=True, backend=backend)
     for layer in tower.modules():
@@ -241,8 +240,7 @@ def make_steady(
 
     The chunk is probed where it is not given, batch shapes may vary and the run is long enough.
     eval.compile: auto records a CUDA graph on a GPU and leaves the packed layers of a CPU alone,
-    which are 4 % faster than Inductor's frozen code (4 blocks of ViT-B/16, bf16, Zen 4) and cost
-    no compilation; always compiles for either; never does neither. int8 has its quantisation
+    which are no slower than Inductor's frozen code and cost no compilation; always compiles for either; never does neither. int8 has its quantisation
     compiled: by `always`, and by `auto` in runs that are long enough to earn it back.
     """
     tower = model.get_submodule("visual")

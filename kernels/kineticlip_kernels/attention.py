@@ -61,8 +61,8 @@ def attention_reference(qkv: Tensor, *, sources: Sequence[Source] = ()) -> Tenso
 def attention_chunked(qkv: Tensor, *, sources: Sequence[Source] = ()) -> Tensor:
     """Matrix products and softmax on a few heads at a time: the fastest in bf16 on a CPU.
 
-    One image of ViT-L/14-336 on one Zen 5 core, bf16: 12.6 ms; all heads at once 22.7 ms, SDPA,
-    whose CPU kernel has no bf16 products, 22.5 ms. Keeps nothing for a backward pass.
+    All heads at once leave the cache, and SDPA's CPU kernel is slower at these shapes
+    (bench/cpu_choices.py). Keeps nothing for a backward pass.
     """
     q, k, v = (part.transpose(1, 2) for part in _with_sources(qkv, sources))  # [M, H, N, K]
     images, heads, tokens, width = q.shape
