@@ -240,8 +240,9 @@ def make_steady(
 
     The chunk is probed where it is not given, batch shapes may vary and the run is long enough.
     eval.compile: auto records a CUDA graph on a GPU and leaves the packed layers of a CPU alone,
-    which are no slower than Inductor's frozen code and cost no compilation; always compiles for either; never does neither. int8 has its quantisation
-    compiled: by `always`, and by `auto` in runs that are long enough to earn it back.
+    which are no slower than Inductor's frozen code and cost no compilation; always compiles for
+    either; never does neither. int8 has its quantisation compiled: by `always`, and by `auto` in
+    runs that are long enough to earn it back.
     """
     tower = model.get_submodule("visual")
     notes = [f"{config.eval.precision} on {device.type}"]
