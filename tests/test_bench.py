@@ -229,14 +229,6 @@ def test_tuning_takes_the_fastest_row_that_runs() -> None:
     assert make(device)() == tuning.blocks("layer_norm_forward", device, row_bytes=1)["BLOCK_ROWS"]
 
 
-def test_targets_are_rows_of_the_default_table() -> None:
-    table = tuning.read_table("default")
-    for target in tune.TARGETS:
-        row = table[target.kernel][tuning.row_number(table[target.kernel], target.sizes)]
-        names = {key for key in row if not key.startswith("max_")}
-        assert all(names <= candidate.keys() for candidate in target.candidates), target.kernel
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--write", "x.json"], "--write FILE goes with --tune"), (["--tune"], "sees no GPU here")],

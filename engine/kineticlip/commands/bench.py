@@ -89,13 +89,14 @@ def _tune(args: argparse.Namespace) -> int:
     import torch
 
     from kineticlip_kernels import tune, tuning
+    from kineticlip_kernels.tune_targets import targets
 
     if not torch.cuda.is_available():
         raise UserError("--tune: PyTorch sees no GPU here")
     device = torch.device("cuda", torch.cuda.current_device())
     chosen = []
     with torch.cuda.stream(torch.cuda.Stream(device)):
-        for target, times in tune.tune(tune.TARGETS, device, milliseconds):
+        for target, times in tune.tune(targets(), device, milliseconds):
             if not times:
                 raise UserError(f"--tune: no candidate of {target.kernel} runs on this GPU")
             chosen.append((target, times[0][0]))
