@@ -53,6 +53,7 @@ fi
 # many processes as there are cores to spare. The benchmarks find the compiled kernels in caches.
 mapfile -t files < <(ls tests/kernels/test_*.py | grep -v test_aot |
     xargs "$python" bench/importable.py)
+((${#files[@]})) || { echo "gpu.sh: no test of the kernels can be imported" >&2 && exit 2; }
 shards=$(($(nproc) > 8 ? 4 : 1))
 for ((shard = 0; shard < shards; shard++)); do
     mine=()
