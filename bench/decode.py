@@ -216,10 +216,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def sizes(text: str) -> list[tuple[int, int]]:
+    """`340x256,1280x720` -> pairs; argparse names a ValueError."""
+    pairs = [tuple(map(int, size.split("x"))) for size in text.split(",")]
+    return [(width, height) for width, height in pairs]
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for NVDEC as well (cpu)")
-    parser.add_argument("--sizes", default="340x256,1280x720", help="WxH,... (340x256,1280x720)")
+    parser.add_argument(
+        "--sizes", type=sizes, default="340x256,1280x720", help="WxH,... (340x256,1280x720)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="videos decoded at a time (2)")
     parser.add_argument("--batch", type=int, default=16, help="videos of a GPU's batch (16)")
     parser.add_argument("--videos", type=int, default=8, help="videos in a run (8)")
@@ -234,8 +242,8 @@ def main() -> int:
     software = software_record()  # before it can change while this runs
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for size in options.sizes.split(","):
-            width, height = map(int, size.split("x"))
+        for width, height in options.sizes:
+            size = f"{width}x{height}"
             for group in GROUPS:
                 path = Path(folder, f"{size}-{group}.mp4")
                 write_clip(path, width, height, group)

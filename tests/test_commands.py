@@ -164,6 +164,44 @@ def test_eval_goes_on_only_over_the_same_files(
     assert "belongs to another run: root is" in line and "\n" not in line.strip()
 
 
+def test_eval_tries_bad_videos_again_and_fails_where_all_are(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "videos", tmp_path / "out"
+    root.mkdir()
+    words = [*evaluate(clips, out), "--root", str(root)]
+    assert main(words) == 1
+    shown = capsys.readouterr().out
+    assert "no video could be read; is --root right?" in shown and "6 x no such file" in shown
+    (root / "clip0.mp4").write_bytes((clips / "clip0.mp4").read_bytes())
+    assert main([*words, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["scored"], summary["bad"]) == (1, 5)
+    assert main([*words, "--json"]) == 0  # the bad ones once more, and nothing else
+    again = json.loads(capsys.readouterr().out)
+    assert (again["scored"], again["speed"]) == (1, summary["speed"])
+    rows = (out / "journal.jsonl").read_text().splitlines()[1:]
+    assert sum("reason" in row for row in rows) == 6
+    assert sum("views" in row for row in rows) == 1
+
+
+def test_eval_takes_over_what_processes_left(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(evaluate(clips, one)) == 0
+    part = two / "parts" / "0"
+    part.mkdir(parents=True)
+    lines = (one / "journal.jsonl").read_text().splitlines(keepends=True)
+    scored = [line for line in lines[1:] if "views" in line]
+    (part / "journal.jsonl").write_text("".join([lines[0], *scored[:4]]))
+    capsys.readouterr()
+    assert main([*evaluate(clips, two), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["speed"]["videos"] == len(scored) - 4
+    assert (two / "results.parquet").read_bytes() == (one / "results.parquet").read_bytes()
+    assert not part.exists()
+
+
 def test_eval_scores_a_repeated_video_once_and_counts_files_read_in_sequence(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,7 +211,7 @@ def test_eval_scores_a_repeated_video_once_and_counts_files_read_in_sequence(
     listing.write_text("\n".join(names))
     assert main(evaluate(clips, out, "--list", str(listing))) == 0
     shown = capsys.readouterr().out
-    assert "decoded by pyav 4" in shown
+    assert "decoded by pyav 4" in shown and "1 lines of the list repeat a video" in shown
     assert "1 of them read in sequence: h264 in avi is always decoded in sequence" in shown
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["scored"], summary["speed"]["videos"]) == (4, 3)

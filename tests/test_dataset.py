@@ -86,6 +86,7 @@ def test_absolute_paths_ignore_the_root(write) -> None:
     [
         ("a.mp4 1\nb c.mp4 2\n", "list.txt:2: expected 'path label', got 3 fields; a path with"),
         ("a.mp4\nb.mp4 1\n", "list.txt:2: expected a path alone, as in the first line, got 2"),
+        ("a.mp4;1\nb.mp4;2\n", "list.txt:1: 'a.mp4;1' looks like a path and a label"),
         ("a 9 1\nb 2\n", "list.txt:2: expected 'path frames label', got 2 fields"),
         ("my clip.mp4 2\n", "list.txt:1: 'clip.mp4' is not a number of frames; a path with spaces"),
         ("a 9 1\nb -3 1\n", "list.txt:2: the number of frames is negative"),
@@ -110,7 +111,7 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(UserError, match="cannot be read as a list"):
         read_list(tmp_path / "binary.txt")
-    with pytest.raises(UserError, match="cannot be read as a list"):
+    with pytest.raises(UserError, match="is a folder, not a list; `kineticlip prepare"):
         read_list(tmp_path)
 
 

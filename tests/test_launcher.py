@@ -239,3 +239,18 @@ def test_mistakes_end_with_one_line_before_anything_is_written(
 def test_the_launchers_own_option_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--local_rank=0", "train"]) == 2
     assert capsys.readouterr().err == "error: --config is not set: training needs a configuration\n"
+
+
+def test_processes_start_beside_a_folder_that_is_named_like_the_package(tmp_path: Path) -> None:
+    """As it is in the parent of a clone, for an editable installation."""
+    (tmp_path / "kineticlip").mkdir()
+    code = "import sys, kineticlip.cli; sys.stdout.write(kineticlip.cli.__name__)"
+    (tmp_path / "started.py").write_text(code)
+    parent = (
+        "import subprocess, sys; from kineticlip.launch import child_environment; "
+        "subprocess.run([sys.executable, '-m', 'started'], check=True, env=child_environment())"
+    )
+    where = {**os.environ, "PYTHONPATH": ""}
+    words = [sys.executable, "-I", "-c", parent]
+    ran = subprocess.run(words, cwd=tmp_path, env=where, capture_output=True, text=True, check=True)
+    assert ran.stdout == "kineticlip.cli"

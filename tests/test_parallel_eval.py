@@ -105,17 +105,18 @@ def write_journal(path: Path, *rows: dict[str, object], header: dict[str, object
 
 
 def test_parts_are_merged_once_and_removed(tmp_path: Path) -> None:
-    write_journal(tmp_path / "journal.jsonl", {"video": "a", "top5": [0]})
+    write_journal(tmp_path / "journal.jsonl", {"video": "a", "views": 6})
     for rank, name in enumerate("bc"):
         part = tmp_path / "parts" / str(rank)
-        rows = [{"video": "a", "top5": [1]}, {"video": name}, {"video": name, "thumbnail": 4}]
+        rows = [{"video": "a", "views": 5}, {"video": name, "views": 6},
+                {"video": name, "thumbnail": 4}, {"video": "d", "reason": "gone"}]  # fmt: skip
         write_journal(part / "journal.jsonl", *rows)
         (part / "thumbnails").mkdir()
         (part / "thumbnails" / f"{rank}.jpg").write_bytes(b"picture")
-    assert merge_parts(tmp_path) == 4
+    assert merge_parts(tmp_path) == 5
     assert finished_videos(tmp_path) == {"a", "b", "c"}
     rows = read_journal(tmp_path / "journal.jsonl")[1:]
-    assert [row["top5"] for row in rows if row["video"] == "a"] == [[0]]
+    assert [row["views"] for row in rows if row["video"] == "a"] == [6]
     assert len(list((tmp_path / "thumbnails").glob("*.jpg"))) == 2
     assert merge_parts(tmp_path) == 0
 
@@ -153,15 +154,15 @@ def test_speeds_add_up() -> None:
         "images_per_second": 8.0, "videos": 10, "images": 80, "chunk": 16, "chunk_halvings": 1,
         "model_images_per_second": 10.0, "percent_of_model_speed": 80.0, "decode_percent": 20.0,
     }  # fmt: skip
-    both = combined_speed([one, {**one, "decode_percent": 40.0}], 20.0)
+    both = combined_speed([one, {**one, "seconds": 20.0, "decode_percent": 40.0}])
     assert both["videos"] == 20 and both["videos_per_second"] == 1.0
-    assert both["views_per_second"] == 3.0 and both["decode_percent"] == 30.0
+    assert both["views_per_second"] == 4.5 and both["decode_percent"] == 30.0
     assert both["percent_of_model_speed"] == pytest.approx(40.0)
-    assert combined_speed([], 1.0) == {}
+    assert combined_speed([]) == {}
     untimed = {**one, "model_images_per_second": None, "percent_of_model_speed": None}
-    assert combined_speed([one, untimed], 20.0)["model_images_per_second"] is None
+    assert combined_speed([one, untimed])["model_images_per_second"] is None
     idle = {**untimed, "videos": 0, "images": 0}
-    assert combined_speed([one, idle], 20.0)["percent_of_model_speed"] == pytest.approx(40.0)
+    assert combined_speed([one, idle])["percent_of_model_speed"] == pytest.approx(80.0)
 
 
 def test_more_processes_than_sense(

@@ -116,7 +116,7 @@ def test_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
         for position in (3, 4, 0):
             add(writer, position)
     with open_writer(tmp_path / "parts") as writer:
-        assert writer.done == {ENTRIES[n][0] for n in (3, 4, 0)}
+        assert writer.done == {ENTRIES[n][0] for n in (3, 0)}  # 4 was bad, and is tried again
         for position in range(20):
             if ENTRIES[position][0] not in writer.done:
                 add(writer, position)
@@ -137,7 +137,7 @@ def test_killed_process_loses_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment)
     assert done.returncode == -signal.SIGKILL
     with open_writer(tmp_path) as writer:
-        assert writer.done == {ENTRIES[n][0] for n in range(5)} and writer.dropped_bytes == 0
+        assert writer.done == {ENTRIES[n][0] for n in range(4)} and writer.dropped_bytes == 0
 
 
 @pytest.mark.parametrize("tail", [b'{"video": "clips/vid', b"\0" * 64, b'[1, 2]\n{"video": "x"}\n'])

@@ -45,7 +45,7 @@ EXAMPLES = {
     "bench": "--short",
     "doctor": "--precision fp32",
     "info": "k400-text4vis-vitl14_336-f32",
-    "parity": "text4vis tests/golden/text4vis",
+    "parity": "evl tests/golden/evl",
     "attributes": "extract runs/zero-shot/eval --out attributes.json",
 }
 

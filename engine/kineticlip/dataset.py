@@ -133,6 +133,11 @@ def _read_text(path: str | Path, kind: str) -> tuple[str, str]:
         return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
     except FileNotFoundError:
         raise UserError(f"{path}: no such {kind} file") from None
+    except IsADirectoryError:
+        raise UserError(
+            f"{path}: is a folder, not a {kind}; `kineticlip prepare {path} --good list.txt "
+            "--classes names.txt` writes one of it"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a {kind}: {error}") from None
 
@@ -186,6 +191,8 @@ def _path_line(line: str) -> Entry:
             f"expected a path alone, as in the first line, got {1 + len(fields)} fields; "
             f"{QUOTE_HINT}"
         )
+    if re.search(r"[;|:]\d+$", path):
+        raise _BadLine(f"{path!r} looks like a path and a label; write a space or a comma between")
     return Entry(path, path, -1, labels=())
 
 

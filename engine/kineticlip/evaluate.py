@@ -286,6 +286,7 @@ def evaluate_videos(
     writer: ResultWriter,
     *,
     total: int,
+    done: int = 0,
     device: torch.device,
     chunk: int,
     thumbnails: int = 0,
@@ -295,16 +296,22 @@ def evaluate_videos(
 ) -> Clock:
     """Scores a stream of videos into a results folder, each as soon as it is done.
 
-    `total` counts the videos to come, for the bar. Pictures of the first `thumbnails` good
-    videos are kept. The returned clock knows where the time went, and how fast the model alone
-    is on the last group of videos.
+    `total` counts the videos to come, and `done` those before, for the bar. Pictures of the first
+    `thumbnails` good videos are kept. The returned clock knows where the time went, and how fast
+    the model alone is on the last full group of videos.
     """
     from tqdm import tqdm
 
     clock = Clock(tower=tower)
     kept: list[VideoViews] = []
     watched = _keep(stream, kept, thumbnails)
-    bar = tqdm(total=total, unit="video", disable=not progress, dynamic_ncols=True)
+    bar = tqdm(
+        total=done + total,
+        initial=done,
+        unit="video",
+        disable=None if progress else True,
+        dynamic_ncols=True,
+    )
     with bar:
         results = score_stream(
             model, method, watched, device=device, chunk=chunk, clock=clock, one_by_one=one_by_one

@@ -15,10 +15,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import kineticlip
+import kineticlip_kernels
 from kineticlip.distributed import free_port
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 10.0  # seconds between the signal of a user and the one that nothing survives
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, in which Python finds the packages that this process runs.
+
+    An editable installation is found after the working directory; there a folder that is named
+    like the package, a clone of it say, would hide it.
+    """
+    environment = dict(os.environ)
+    packages = [Path(module.__path__[0]).parent for module in (kineticlip, kineticlip_kernels)]
+    missing = [str(path) for path in packages if str(path) not in sys.path]
+    if missing:
+        known = environment.get("PYTHONPATH", "").split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join([*missing, *filter(None, known)])
+    return environment
 
 
 def launch(words: Sequence[str], *, processes: int, mark: Path) -> int:
@@ -33,7 +50,7 @@ def launch(words: Sequence[str], *, processes: int, mark: Path) -> int:
     ]  # fmt: skip
     import torch
 
-    environment = dict(os.environ)
+    environment = child_environment()
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
         # More threads than cores would be slower by far; a user's own number stands.

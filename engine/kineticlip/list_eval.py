@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from kineticlip.feature_cache import FeatureViews, open_store
 from kineticlip.inference import make_steady
 from kineticlip.loader import BadVideo, TestLoader
 from kineticlip.measure import machine_record
-from kineticlip.parallel_eval import check_same_run
+from kineticlip.parallel_eval import PARTS, check_same_run, take_over_parts
 from kineticlip.predictor import Recognizer, compare_first, load_recognizer, pick_device
 from kineticlip.protocols import check_protocols, collect, measure
 from kineticlip.results import (
@@ -77,6 +78,9 @@ def evaluate_list(
     speed: of the processes that have scored the list already. Where nothing was left to score, the
     summary keeps the speed, and what was compared, of the run that did the work.
     """
+    if options.fresh:
+        shutil.rmtree(out / PARTS, ignore_errors=True)
+    take_over_parts(out)
     with _opened(config, out, options) as run:
         here, extra = _score(run, run.entries)
         speed = dict(speed or here)
@@ -174,6 +178,7 @@ def _score(run: _Run, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[st
         stream,
         writer,
         total=len(todo),
+        done=len(distinct) - len(todo),
         device=recognizer.device,
         chunk=chunk,
         tower=", ".join(tower),

@@ -23,6 +23,7 @@ from typing import Any
 from kineticlip.config import Config, config_to_dict
 from kineticlip.errors import UserError
 from kineticlip.journal import Journal, Json, first_difference, read_journal
+from kineticlip.launch import child_environment
 from kineticlip.results import JOURNAL, THUMBNAILS
 
 PARTS, LOCK, SPEED, MESSAGES = "parts", "lock.jsonl", "speed.json", "messages.txt"
@@ -85,7 +86,6 @@ def evaluate_in_processes(
             for rank, share in enumerate(shares)
             if share
         ]
-        started = time.perf_counter()
         try:
             failures = _run(orders, environments, total=len(todo), progress=progress)
         finally:
@@ -93,7 +93,7 @@ def evaluate_in_processes(
             merge_parts(out)
         if failures:
             raise UserError("; ".join(failures))
-    return combined_speed([speed for speed in speeds if speed], time.perf_counter() - started)
+    return combined_speed([speed for speed in speeds if speed])
 
 
 def process_environments(processes: int) -> list[dict[str, str]]:
@@ -105,7 +105,7 @@ def process_environments(processes: int) -> list[dict[str, str]]:
 
     if processes < 1:
         raise UserError(f"--num-processes should be at least 1, got {processes}")
-    base = dict(os.environ)
+    base = child_environment()
     gpus = torch.cuda.device_count()
     if not gpus:
         share = max((os.cpu_count() or 1) // processes, 1)
@@ -118,11 +118,11 @@ def process_environments(processes: int) -> list[dict[str, str]]:
 
 
 def finished_videos(out: Path) -> set[str]:
-    """Names with a result in the main journal."""
+    """Names with scores in the main journal; bad ones are tried again."""
     path = out / JOURNAL
     if not path.exists() or not path.stat().st_size:
         return set()
-    return {row["video"] for row in read_journal(path)[1:] if "thumbnail" not in row}
+    return {row["video"] for row in read_journal(path)[1:] if "views" in row}
 
 
 def check_same_run(out: Path, part: Path) -> None:
@@ -135,6 +135,13 @@ def check_same_run(out: Path, part: Path) -> None:
                 f"{path}: belongs to another run: {difference}; "
                 "choose another folder, or delete this one"
             )
+
+
+def take_over_parts(out: Path) -> None:
+    """Merges what a killed run by several processes left. UserError where it still runs."""
+    if (out / PARTS).is_dir():
+        with closing(Journal(out / PARTS / LOCK, {"format": 1})):
+            merge_parts(out)
 
 
 def merge_parts(out: Path) -> int:
@@ -159,11 +166,16 @@ def _merge(out: Path, part: Path) -> int:
     with ExitStack() as stack:
         source = stack.enter_context(closing(_patiently(part / JOURNAL, header)))
         target = stack.enter_context(closing(Journal(out / JOURNAL, header)))
-        known = {(row["video"], "thumbnail" in row) for row in target.rows}
-        fresh = [row for row in source.rows if (row["video"], "thumbnail" in row) not in known]
+        known = {_kind(row) for row in target.rows}
+        fresh = [row for row in source.rows if _kind(row) not in known]
         for row in fresh:
             target.append(row)
     return len(fresh)
+
+
+def _kind(row: Json) -> tuple[str, str]:
+    """A video's scores, its picture, or one reason why it was bad."""
+    return row["video"], str(row.get("reason", "thumbnail" in row))
 
 
 def _patiently(path: Path, header: Json) -> Journal:
@@ -192,7 +204,7 @@ def _run(
     children: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         bar = stack.enter_context(
-            tqdm(total=total, unit="video", disable=not progress, dynamic_ncols=True)
+            tqdm(total=total, unit="video", disable=None if progress else True, dynamic_ncols=True)
         )
         try:
             for order, environment in zip(orders, environments, strict=False):
@@ -266,8 +278,8 @@ def _read_speed(part: Path) -> Json:
     return speed
 
 
-def combined_speed(speeds: Sequence[Mapping[str, Any]], seconds: float) -> Json:
-    """Clock summaries of processes that ran side by side, as one over `seconds` of wall time.
+def combined_speed(speeds: Sequence[Mapping[str, Any]]) -> Json:
+    """Clock summaries of processes that ran side by side, as one over the longest of their times.
 
     Counts and the speeds of the models add up; shares of waiting are means over the processes. A
     process that did not time its model leaves that of all unknown.
@@ -275,6 +287,7 @@ def combined_speed(speeds: Sequence[Mapping[str, Any]], seconds: float) -> Json:
     if not speeds:
         return {}
     total: Json = dict(speeds[0])
+    seconds = max(speed["seconds"] for speed in speeds)
     for key in ("videos", "images", "chunk_halvings"):
         total[key] = sum(speed[key] for speed in speeds)
     ceilings = [speed["model_images_per_second"] for speed in speeds if speed["videos"]]

@@ -168,14 +168,10 @@ def convert(
     """Rewrites videos into a folder under their own names, in threads; yields them in order.
 
     frames: as folders of JPEG files, else as MP4. The result's entries are the new videos; one that
-    fails keeps its old entry and has a reason. A video listed twice is written once. Raises
-    UserError for names that leave the folder or meet in it.
+    fails keeps its old entry and has a reason. A video listed twice is written once. Errors as
+    `copies`.
     """
-    targets = {item.entry.path: _target(item.entry.name, frames) for item in good}
-    taken: dict[Path, str] = {}
-    for path, target in targets.items():
-        if taken.setdefault(target, path) != path:
-            raise UserError(f"{taken[target]} and {path} would both become {target}")
+    targets = copies([item.entry for item in good], frames=frames)
     write = extract_frames if frames else reencode
 
     def one(path: str) -> int | str:
@@ -199,6 +195,19 @@ def convert(
             yield replace(item, entry=entry)
     finally:  # a full disk or an interrupt ends it here, not after all the others
         pool.shutdown(cancel_futures=True)
+
+
+def copies(entries: Iterable[Entry], *, frames: bool) -> dict[str, Path]:
+    """Path of each video -> where in a folder its copy will be.
+
+    Raises UserError for names that leave the folder or meet in it.
+    """
+    targets = {entry.path: _target(entry.name, frames) for entry in entries}
+    taken: dict[Path, str] = {}
+    for path, target in targets.items():
+        if taken.setdefault(target, path) != path:
+            raise UserError(f"{taken[target]} and {path} would both become {target}")
+    return targets
 
 
 def _target(name: str, frames: bool) -> Path:

@@ -103,6 +103,7 @@ class ResultWriter:
         self._thumbnails: dict[str, int] = {}  # video -> frames side by side
         for line in journal.rows:
             self._take(line)
+        self._again = {video for video, row in self._rows.items() if "reason" in row}
 
     @classmethod
     def open(
@@ -139,8 +140,8 @@ class ResultWriter:
 
     @property
     def done(self) -> Set[str]:
-        """Names of the videos that have a result already, bad ones included; it grows."""
-        return self._rows.keys()
+        """Names of the videos that have a result; not those that an earlier run found bad."""
+        return self._rows.keys() - self._again
 
     @property
     def dropped_bytes(self) -> int:
@@ -181,11 +182,15 @@ class ResultWriter:
             line["notes"] = "; ".join(notes)
         if self.keep_scores:
             line["scores"] = base64.b64encode(row.astype("<f4").tobytes()).decode()
+        self._again.discard(video)
         self._append(line)
 
     def add_bad(self, video: str, reason: str) -> None:
         """Journals a video that could not be decoded, and why."""
-        self._append({"video": video, "reason": " ".join(reason.split()) or "unknown"})
+        line = {"video": video, "reason": " ".join(reason.split()) or "unknown"}
+        self._again.discard(video)
+        if self._rows.get(video) != line:  # bad for the same reason as in an earlier run
+            self._append(line)
 
     def save_thumbnail(self, video: str, frames: NDArray[np.uint8]) -> None:
         """Keeps a few frames [n, H, W, 3] of a listed video, side by side, as one JPEG."""
@@ -266,8 +271,8 @@ class ResultWriter:
     def _take(self, line: Json) -> None:
         if "thumbnail" in line:
             self._thumbnails[line["video"]] = line["thumbnail"]
-        else:
-            self._rows.setdefault(line["video"], line)
+        elif "reason" in self._rows.get(line["video"], {"reason": ""}):
+            self._rows[line["video"]] = line  # what was bad may be there by now
 
     def _row(self, video: str, label: int) -> VideoRow:
         line = self._rows[video]

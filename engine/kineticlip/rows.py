@@ -53,6 +53,7 @@ def summarize(rows: Sequence[VideoRow], class_names: Sequence[str]) -> Json:
         "scored": len(scored),
         "bad": len(rows) - len(scored),
         "bad_reasons": _counted(row.reason for row in rows if row.status == "bad"),
+        "repeated": len(rows) - len({row.video for row in rows}),
         "decoders": _counted(row.decoder for row in scored),
         "fallbacks": _counted(row.reason for row in scored if row.reason),
         "views": sum(row.views for row in scored),

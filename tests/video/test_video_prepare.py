@@ -179,12 +179,14 @@ def test_copies_replace_nothing_but_copies(
 ) -> None:
     video = tmp_path / "clip.mp4"
     video.write_bytes(clip("h264").read_bytes())
-    assert run(tmp_path, "--reencode", tmp_path, "--side", 64) == 1
+    (tmp_path / "list.txt").write_text("clip.mp4 0\n")
+    listed = (tmp_path / "list.txt", "--root", tmp_path)
+    assert run(*listed, "--reencode", tmp_path, "--side", 64) == 1
     assert "exists and is no copy made here" in capsys.readouterr().out
     assert video.read_bytes() == clip("h264").read_bytes()
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "mine.txt").write_text("mine")
-    assert run(tmp_path, "--frames", tmp_path) == 1
+    assert run(*listed, "--frames", tmp_path) == 1
     assert (tmp_path / "clip" / "mine.txt").exists()
 
 
@@ -277,6 +279,8 @@ def test_frames_become_folders(videos: Path, tmp_path: Path) -> None:
         (["--side", "333"], "--side: expected an even number"),
         (["--classes", "c"], "not every video"),
         (["--reencode", "a"], "would both become"),
+        (["--reencode", "in"], "copies go to another place"),
+        (["--frames", "in/frames"], "copies go to another place"),
     ],
 )
 def test_prepare_says_what_is_wrong(

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(describe(summary)))
         print(f"results: {out}")
-    return 0
+    return 0 if summary["scored"] else 1
 
 
 def _run_part() -> int:
@@ -223,8 +223,10 @@ def describe(summary: dict[str, Any]) -> list[str]:
             f"top-1 {summary['top1']:.2f} % [{low:.2f}, {high:.2f}]   "
             f"top-5 {summary['top5']:.2f} %   mean class {summary['mean_class_accuracy']:.2f} %"
         )
-    else:
+    elif summary["scored"]:
         lines.append("no accuracy: no video that was scored has one label")
+    else:
+        lines.append("no video could be read; is --root right?")
     lines.append(
         f"{summary['scored']} videos of {summary['classes']} classes, "
         f"{protocol['clips']} clips x {protocol['crops']} crops x {protocol['frames']} frames"
@@ -243,6 +245,8 @@ def describe(summary: dict[str, Any]) -> list[str]:
     if summary["bad"]:
         reasons = "; ".join(f"{count} x {why}" for why, count in summary["bad_reasons"].items())
         lines.append(f"{summary['bad']} videos could not be decoded and are not counted: {reasons}")
+    if summary["repeated"]:
+        lines.append(f"{summary['repeated']} lines of the list repeat a video and count again")
     speed = summary["speed"]
     if speed.get("videos"):
         waits = ", ".join(

@@ -61,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
     workers = args.workers or os.cpu_count() or 1
     folder = args.reencode or args.frames
     source = prepare.find_videos(args.source, args.root)
+    # What cannot be written is said before hours of decoding.
+    if args.classes is not None and not source.classes:
+        raise UserError(f"--classes: not every video of {args.source} is in a class's folder")
+    if folder is not None:
+        prepare.copies(source.entries, frames=bool(args.frames))
     with _cache(args, source) as cache:
         results = prepare.check(
             source.entries,
@@ -99,6 +104,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--side: expected an even number of pixels, or 0, got {args.side}")
     if args.workers < 0:
         raise UserError(f"--workers: expected 1 or more, got {args.workers}")
+    folder = args.reencode or args.frames
+    if folder is not None and Path(args.source).is_dir():
+        inside = Path(folder).resolve()
+        if Path(args.source).resolve() in (inside, *inside.parents):
+            raise UserError(f"{folder}: lies in {args.source}; copies go to another place")
     if args.classes is not None and not Path(args.source).is_dir():
         raise UserError("--classes: only a folder with one subfolder a class has class names")
 
@@ -123,8 +133,6 @@ def _write_lists(
     from kineticlip import prepare
 
     if args.classes is not None:
-        if not source.classes:
-            raise UserError(f"--classes: not every video of {args.source} is in a class's folder")
         prepare.write_text(args.classes, "".join(f"{name}\n" for name in source.classes))
     if args.good is not None:
         if converted:

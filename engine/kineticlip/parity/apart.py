@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from kineticlip.errors import UserError
+from kineticlip.launch import child_environment
 
 T = TypeVar("T")
 
@@ -23,6 +25,7 @@ def run_apart(
     # One server imports torch and the engine, 4 s of a core, and forks before any thread exists.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
+    os.environ.update(child_environment())  # the server has no other environment than this
     started = []
     try:
         for row in arguments:

@@ -92,8 +92,9 @@ class ProbeCache:
         values = [getattr(found.probe, name) for name in KINDS]
         line = json.dumps([VERSION, *key, *values], separators=(",", ":")) + "\n"
         with self._lock:
-            self._append(line.encode())
-            self._probes[key] = found.probe
+            if key not in self._probes:  # another thread may have met the same file
+                self._append(line.encode())
+                self._probes[key] = found.probe
         return found
 
     def _append(self, line: bytes) -> None:
