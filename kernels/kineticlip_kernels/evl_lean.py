@@ -22,6 +22,15 @@ def _apply(function: Any, *inputs: Any) -> Tensor:
     return result
 
 
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype. For results of an autograd.Function, where `x.to(dtype)` alone is a trap.
+
+    Where x has that dtype already, `to` returns an alias, and torch.compile (PyTorch 2.11) drops
+    the gradient of a Function whose result is one: every gradient becomes zero, silently.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def neighbour_maps_lean(q: Tensor, k: Tensor) -> Tensor:
     """The lean face of `neighbour_maps`: one pair of frames at a time."""
     return _apply(_NeighbourMaps, q, k)
@@ -97,7 +106,7 @@ class _Displacement(torch.autograd.Function):
         total = torch.bmm(_bins(maps, 0, grid), _windows(previous, grid))  # [g, B * T * w, C]
         total.baddbmm_(_bins(maps, 1, grid), _windows(following, grid))
         by_row: Tensor = total.unflatten(1, (clips, frames, grid[1]))  # [g, B, T, w, C]
-        return by_row.permute(1, 2, 0, 3, 4).flatten(2, 3).to(previous.dtype)
+        return _narrow(by_row.permute(1, 2, 0, 3, 4).flatten(2, 3), previous.dtype)
 
     @staticmethod
     @once_differentiable
@@ -198,7 +207,7 @@ class _AttendTokens(torch.autograd.Function):
             None if term is None else term.dtype
             for term in (query, tokens, conv_weight, conv_bias, position, motion)
         ]
-        return mixed.to(query.dtype)
+        return _narrow(mixed, query.dtype)
 
     @staticmethod
     @once_differentiable
