@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kineticlip_kernels import launch
 from kineticlip_kernels.head import IGNORED
-from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
+from kineticlip_kernels.launch import FusedOp, Operator, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
 
 # Of products in fp32: three of 19-bit floats, on tensor cores and as good. 16 bits are exact.
@@ -189,9 +189,8 @@ def top_classes_triton(
     x: Tensor, classes: Tensor, k: int, *, scale: float = 100.0
 ) -> tuple[Tensor, Tensor]:
     """The Triton face of `top_classes`."""
-    run = _top_classes_op if torch.compiler.is_compiling() else _top_classes
     views = x if x.ndim == 3 else x.unsqueeze(1)  # [N, V, E]
-    probabilities, numbers = run(views.detach(), classes.detach(), k, scale)
+    probabilities, numbers = _top_classes_op(views.detach(), classes.detach(), k, scale)
     return probabilities, numbers
 
 
@@ -348,10 +347,11 @@ _class_cross_entropy = FusedOp(
     spread=(0, 1, 1, 2),  # x, classes, labels (never wanted), scale
 )
 
-_top_classes_op = torch.library.custom_op("kineticlip::top_classes", _top_classes, mutates_args=())
-_top_classes_op.register_fake(
-    lambda x, classes, k, scale: (
+_top_classes_op = Operator(
+    "top_classes",
+    _top_classes,
+    fake=lambda x, classes, k, scale: (
         x.new_empty(len(x), k, dtype=torch.float32),
         x.new_empty(len(x), k, dtype=torch.int64),
-    )
+    ),
 )

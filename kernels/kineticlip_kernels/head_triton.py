@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kineticlip_kernels import launch
 from kineticlip_kernels.head import EPS
-from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
+from kineticlip_kernels.launch import FusedOp, Operator, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
 
 
@@ -101,8 +101,7 @@ def mean_normalize_triton(x: Tensor) -> Tensor:
 
 def mean_softmax_triton(logits: Tensor) -> Tensor:
     """The Triton face of `mean_softmax`."""
-    run = _mean_softmax_op if torch.compiler.is_compiling() else _launch_mean_softmax
-    out: Tensor = run(logits)
+    out: Tensor = _mean_softmax_op(logits)
     return out
 
 
@@ -188,9 +187,8 @@ _mean_normalize = FusedOp(
     spread=(0,),
 )
 
-_mean_softmax_op = torch.library.custom_op(
-    "kineticlip::mean_softmax", _launch_mean_softmax, mutates_args=()
-)
-_mean_softmax_op.register_fake(
-    lambda logits: logits.new_empty(len(logits), logits.shape[2], dtype=torch.float32)
+_mean_softmax_op = Operator(
+    "mean_softmax",
+    _launch_mean_softmax,
+    fake=lambda logits: logits.new_empty(len(logits), logits.shape[2], dtype=torch.float32),
 )

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.launch import ceil_div
+from kineticlip_kernels.launch import Operator, ceil_div
 from kineticlip_kernels.patches import (
     PRECISION,
     Crop,
@@ -222,8 +222,7 @@ def cut_crops_triton(
 ) -> Tensor:
     """`cut_crops` on the GPU; to the byte the same."""
     flat = [int(number) for crop in crops for number in crop]
-    run = _cut_crops_op if torch.compiler.is_compiling() else _cut_crops
-    return cast("Tensor", run(frames, flat, width, height, side, resample))
+    return cast("Tensor", _cut_crops_op(frames, flat, width, height, side, resample))
 
 
 def _cut_crops(
@@ -275,11 +274,12 @@ def _cut_crops(
     return out
 
 
-_cut_crops_op = torch.library.custom_op("kineticlip::cut_crops", _cut_crops, mutates_args=())
-_cut_crops_op.register_fake(
-    lambda frames, crops, width, height, side, resample: frames.new_empty(
+_cut_crops_op = Operator(
+    "cut_crops",
+    _cut_crops,
+    fake=lambda frames, crops, width, height, side, resample: frames.new_empty(
         len(frames), len(crops) // 3, 3, side, side
-    )
+    ),
 )
 
 
@@ -287,8 +287,7 @@ def unfold_patches_triton(
     pixels: Tensor, patch: int, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`unfold_patches` on the GPU; exact."""
-    run = _unfold_patches_op if torch.compiler.is_compiling() else _unfold_patches
-    return cast("Tensor", run(pixels, patch, dtype))
+    return cast("Tensor", _unfold_patches_op(pixels, patch, dtype))
 
 
 def _unfold_patches(pixels: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
@@ -318,9 +317,8 @@ def _matrix_shape(pixels: Tensor, patch: int) -> tuple[int, int, int]:
     return len(pixels), count, patch_columns(patch)
 
 
-_unfold_patches_op = torch.library.custom_op(
-    "kineticlip::unfold_patches", _unfold_patches, mutates_args=()
-)
-_unfold_patches_op.register_fake(
-    lambda pixels, patch, dtype: pixels.new_empty(_matrix_shape(pixels, patch), dtype=dtype)
+_unfold_patches_op = Operator(
+    "unfold_patches",
+    _unfold_patches,
+    fake=lambda pixels, patch, dtype: pixels.new_empty(_matrix_shape(pixels, patch), dtype=dtype),
 )

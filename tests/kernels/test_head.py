@@ -206,8 +206,8 @@ def test_operators_under_torch_compile() -> None:
     arguments = (rows(3, 16), classes, target, scale)
     torch.library.opcheck(head_classes_triton._class_cross_entropy.operator, arguments)
     arguments = (rows(2, 2, 16, grad=False), classes.detach(), 2, 10.0)
-    torch.library.opcheck(head_classes_triton._top_classes_op, arguments)
-    torch.library.opcheck(head_triton._mean_softmax_op, (randn(2, 3, 5, grad=False),))
+    torch.library.opcheck(head_classes_triton._top_classes_op.operator, arguments)
+    torch.library.opcheck(head_triton._mean_softmax_op.operator, (randn(2, 3, 5, grad=False),))
 
 
 def test_what_cannot_run_says_why() -> None:

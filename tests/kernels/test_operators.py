@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from kernel_rig import DEVICE, MATRIX
 from kernel_rig import randn as any_randn
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
 from kineticlip_kernels import (
     attention_triton,
     class_attention_triton,
     fp8_triton,
+    launch,
     mlp_triton,
     norm_triton,
 )
 from kineticlip_kernels.attention import attention, class_attention
+from kineticlip_kernels.examples import examples
 from kineticlip_kernels.mlp import bias_quick_gelu, linear_quick_gelu
 from kineticlip_kernels.norm import add_layer_norm, layer_norm
 
@@ -51,7 +55,7 @@ OPERATORS = {
     ),
 }
 
-
+EXAMPLES = examples(torch.device(DEVICE), MATRIX)
 EIGHT = randn(3, 16, grad=False).to(torch.float8_e4m3fn)
 ONES = torch.ones(3, device=DEVICE)
 PARAMETERS = [WEIGHT.detach(), BIAS.detach()]
@@ -83,6 +87,29 @@ def test_operator_is_registered_as_it_behaves(name: str) -> None:
     op, inputs = OPERATORS[name]
     results = torch.library.opcheck(op.operator, tuple(inputs))
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_kernels_are_launched_on_the_device_of_the_inputs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched, launched = [False], []
+
+    def spy(inputs: Sequence[Any], function: Callable[..., Any]) -> Any:
+        assert any(isinstance(value, Tensor) for value in inputs)
+        switched[0] = True
+        try:
+            return function(*inputs)
+        finally:
+            switched[0] = False
+
+    def instead_of_a_kernel(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *arguments, **options: launched.append(switched[0])
+
+    monkeypatch.setattr(launch, "on_device_of", spy)
+    monkeypatch.setattr(KernelInterface, "__getitem__", instead_of_a_kernel)
+    EXAMPLES[name].op(**EXAMPLES[name].inputs, impl="triton")
+    assert launched and all(launched)
 
 
 def block(x: Tensor, weight: Tensor, bias: Tensor, linear: Tensor) -> Tensor:

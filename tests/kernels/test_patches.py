@@ -137,8 +137,9 @@ def test_operators_under_torch_compile() -> None:
     compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(frames), chain(frames))
     arguments = (frames, [1, 0, 1], 10, 9, 8, "bicubic")
-    torch.library.opcheck(patches_triton._cut_crops_op, arguments)
-    torch.library.opcheck(patches_triton._unfold_patches_op, (noise(2, 3, 8, 8), 4, BF16))
+    torch.library.opcheck(patches_triton._cut_crops_op.operator, arguments)
+    arguments = (noise(2, 3, 8, 8), 4, BF16)
+    torch.library.opcheck(patches_triton._unfold_patches_op.operator, arguments)
 
 
 def test_what_cannot_run_says_why() -> None:
