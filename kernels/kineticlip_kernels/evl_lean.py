@@ -7,7 +7,8 @@ backward pass. Everything is a few large GEMMs and passes over one frame, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,20 @@ from kineticlip_kernels.evl import wide
 def _apply(function: Any, *inputs: Any) -> Tensor:
     result: Tensor = function.apply(*inputs)
     return result
+
+
+def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward or backward in the precision of its inputs and of `wide`, wherever it is called.
+
+    Autocast would round what is kept for the backward pass, and reject sums in place.
+    """
+
+    @functools.wraps(method)
+    def run(ctx: Any, first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(ctx, first, *rest)
+
+    return run
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,6 +53,7 @@ def neighbour_maps_lean(q: Tensor, k: Tensor) -> Tensor:
 
 class _NeighbourMaps(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
         ctx.save_for_backward(q, k)
         clips, frames, patches = q.shape[0], q.shape[1], q.shape[2] - 1
@@ -49,6 +65,7 @@ class _NeighbourMaps(torch.autograd.Function):
         return maps
 
     @staticmethod
+    @_without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         q, k = ctx.saved_tensors
@@ -97,6 +114,7 @@ def displacement_lean(
 
 class _Displacement(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any, maps: Tensor, previous: Tensor, following: Tensor, grid: tuple[int, int]
     ) -> Tensor:
@@ -109,6 +127,7 @@ class _Displacement(torch.autograd.Function):
         return _narrow(by_row.permute(1, 2, 0, 3, 4).flatten(2, 3), previous.dtype)
 
     @staticmethod
+    @_without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         maps, *weights = ctx.saved_tensors
@@ -184,6 +203,7 @@ def attend_tokens_lean(
 
 class _AttendTokens(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         query: Tensor,
@@ -210,6 +230,7 @@ class _AttendTokens(torch.autograd.Function):
         return _narrow(mixed, query.dtype)
 
     @staticmethod
+    @_without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, tokens, conv_weight, z, rstd, weights = ctx.saved_tensors

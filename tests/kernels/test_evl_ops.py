@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 
 import pytest
 import torch
-from kernel_rig import BF16, FP16, FP32, MATRIX, check, on_gpu, randn, strided
+from kernel_rig import BF16, DEVICE, FP16, FP32, MATRIX, check, on_gpu, randn, strided
 from torch import Tensor
 
 from kineticlip_kernels import evl_displacement_triton, evl_maps_triton, evl_triton
@@ -22,6 +23,7 @@ from kineticlip_kernels.evl import (
     neighbour_maps_reference,
     offsets,
 )
+from kineticlip_kernels.examples import examples
 
 FACES: list[EvlImpl] = ["lean", "triton"]
 FP64 = torch.float64
@@ -160,6 +162,29 @@ def test_lean_and_reference_pass_gradcheck() -> None:
 
         query = randn(1, 2, 4, dtype=FP64, seed=1)
         assert torch.autograd.gradcheck(attend, (query, tokens, *terms.values()))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("name", ["neighbour_maps", "displacement", "attend_tokens"])
+def test_autocast_does_not_change_the_lean_faces(name: str, dtype: torch.dtype) -> None:
+    example = examples(torch.device(DEVICE), dtype)[name]
+    inputs = {
+        key: value.requires_grad_() if isinstance(value, Tensor) else value
+        for key, value in example.inputs.items()
+    }
+    wanted = [value for value in inputs.values() if isinstance(value, Tensor)]
+
+    def run(op: Callable[..., Tensor], autocast: bool) -> tuple[Tensor, ...]:
+        with torch.autocast(DEVICE, BF16, enabled=autocast):
+            out = op(**inputs, impl="lean")
+            return (out, *torch.autograd.grad(out.square().sum(), wanted))
+
+    expected, found = run(example.op, False), run(example.op, True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert {value.dtype for value in found} == {dtype}
+    if (name, dtype) == ("displacement", FP32):  # the quickest to compile; all share the wrapper
+        compiled = torch.compile(example.op, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(run(compiled, True), expected)
 
 
 def test_offsets_are_the_displacement_of_the_patch() -> None:
