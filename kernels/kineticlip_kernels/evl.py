@@ -9,7 +9,6 @@ several times faster and smaller than the reference; "auto" takes it wherever Tr
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kineticlip_kernels.dispatch import UnsupportedInput, choose, matrix_reasons, triton_reasons
+from kineticlip_kernels.tables import kept
 
 EvlImpl = Literal["auto", "reference", "lean", "triton"]
 
@@ -105,7 +105,7 @@ def displacement_reference(
     return total.to(previous_weight.dtype)
 
 
-@functools.lru_cache(maxsize=16)
+@kept(16)
 def offsets(grid: tuple[int, int], device: torch.device) -> Tensor:
     """The row of the offset weights for query patch p and key patch r. int64 [P, P]."""
     rows, columns = grid

@@ -6,7 +6,6 @@ images, P the side of a patch, G patches of an image, Q = 3 * P * P rounded up t
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -24,6 +23,7 @@ from kineticlip_kernels.dispatch import (
     interpreting,
     triton_installed,
 )
+from kineticlip_kernels.tables import kept
 
 Resample = Literal["bicubic", "bilinear"]
 Crop = tuple[int, int, bool]  # left edge, top edge, mirrored; in pixels of the resized frame
@@ -96,7 +96,7 @@ def _resample(pixels: Tensor, axis: int, length: int, resample: Resample) -> Ten
     return (total >> PRECISION).clamp_(0, 255).to(torch.uint8)
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256)
 def resample_table(length_in: int, length_out: int, resample: Resample) -> tuple[Tensor, Tensor]:
     """Pillow's coefficients (Resample.c, precompute_coeffs and normalize_coeffs_8bpc).
 

@@ -7,7 +7,6 @@ the two tables alone: where it leaves the frame its coefficients are zero.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -25,6 +24,7 @@ from kineticlip_kernels.patches import (
     patch_columns,
     resample_table,
 )
+from kineticlip_kernels.tables import kept
 from kineticlip_kernels.tuning import blocks
 
 SHIFT = tl.constexpr(PRECISION)
@@ -168,7 +168,7 @@ class _Tables(NamedTuple):
     rows: int  # source rows that any crop reads: [row_start, row_start + rows)
 
 
-@functools.lru_cache(maxsize=64)  # videos of one size come in runs; saves five host copies each
+@kept(64)  # videos of one size come in runs; saves five host copies each
 def _tables(
     source: tuple[int, int],
     target: tuple[int, int],
