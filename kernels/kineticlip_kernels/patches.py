@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from kineticlip_kernels.dispatch import (
     interpreting,
     triton_installed,
 )
+from kineticlip_kernels.launch import Operator
 from kineticlip_kernels.tables import kept
 
 Resample = Literal["bicubic", "bilinear"]
@@ -69,8 +70,8 @@ def cut_crops_reference(
     resample: Resample = "bicubic",
 ) -> Tensor:
     """The specification of `cut_crops` in plain PyTorch."""
-    wide = _resample(frames, 2, width, resample)  # [U, H, w, 3]
-    resized = _resample(wide, 1, height, resample).permute(0, 3, 1, 2)  # [U, 3, h, w]
+    wide = _resample_op(frames, 2, width, resample)  # [U, H, w, 3]
+    resized = _resample_op(wide, 1, height, resample).permute(0, 3, 1, 2)  # [U, 3, h, w]
     views = frames.new_zeros(len(frames), len(crops), 3, side, side)  # [U, V, 3, S, S]
     for view, (x, y, mirrored) in enumerate(crops):
         inside = resized[:, :, max(y, 0) : max(y + side, 0), max(x, 0) : max(x + side, 0)]
@@ -82,10 +83,10 @@ def cut_crops_reference(
     return views
 
 
-def _resample(pixels: Tensor, axis: int, length: int, resample: Resample) -> Tensor:
+def _resample(pixels: Tensor, axis: int, length: int, resample: str) -> Tensor:
     """One pass of Pillow's 8-bit resampler along one axis of [U, H, W, 3]."""
-    first, weights = resample_table(pixels.shape[axis], length, resample)
-    first, weights = first.to(pixels.device), weights.to(pixels.device)
+    kind = cast("Resample", resample)
+    first, weights = _table_on(pixels.device, pixels.shape[axis], length, kind)
     shape = [-1 if dim == axis else 1 for dim in range(4)]
     total = None
     for tap, weight in enumerate(weights):
@@ -94,6 +95,23 @@ def _resample(pixels: Tensor, axis: int, length: int, resample: Resample) -> Ten
         total = part.add_(1 << (PRECISION - 1)) if total is None else total.add_(part)
     assert total is not None
     return (total >> PRECISION).clamp_(0, 255).to(torch.uint8)
+
+
+def _resampled_shape(pixels: Tensor, axis: int, length: int, resample: str) -> Tensor:
+    return pixels.new_empty([*pixels.shape[:axis], length, *pixels.shape[axis + 1 :]])
+
+
+# An operator, so that torch.compile need not trace the table, whose height depends on its values.
+_resample_op = Operator("resample", _resample, fake=_resampled_shape)
+
+
+@kept(256)
+def _table_on(
+    device: torch.device, length_in: int, length_out: int, resample: Resample
+) -> tuple[Tensor, Tensor]:
+    """`resample_table` there: a CUDA graph cannot record the copy, but what follows the first."""
+    first, weights = resample_table(length_in, length_out, resample)
+    return first.to(device), weights.to(device)
 
 
 @kept(256)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from kernel_rig import BF16, DEVICE, DTYPES, FP32, on_gpu
 from patch_inputs import CROPS, noise
 from torch import Tensor
 
-from kineticlip_kernels import patches_triton
+from kineticlip_kernels import patches, patches_triton
 from kineticlip_kernels.dispatch import UnsupportedInput
 from kineticlip_kernels.patches import (
     Resample,
@@ -140,6 +142,33 @@ def test_operators_under_torch_compile() -> None:
     torch.library.opcheck(patches_triton._cut_crops_op.operator, arguments)
     arguments = (noise(2, 3, 8, 8), 4, BF16)
     torch.library.opcheck(patches_triton._unfold_patches_op.operator, arguments)
+
+
+def test_reference_under_torch_compile() -> None:
+    def cut(frames: Tensor) -> Tensor:
+        crops = [(1, 0, True), (-3, 2, False)]
+        return cut_crops(frames, crops, width=11, height=9, side=8, impl="reference")
+
+    planar = noise(3, 2, 13, 15).permute(1, 2, 3, 0)
+    for frames in (noise(2, 13, 15, 3), planar):
+        compiled = torch.compile(cut, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(frames), cut(frames))
+    for axis in (1, 2):
+        torch.library.opcheck(patches._resample_op.operator, (planar, axis, 7, "bilinear"))
+
+
+def test_reference_copies_nothing_from_the_host_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = noise(1, 17, 15, 3)
+    cut = partial(cut_crops_reference, frames, [(1, 0, True)], width=11, height=9, side=8)
+    expected = cut()
+    monkeypatch.setattr(patches, "resample_table", None)  # which makes tables on the host
+    assert torch.equal(cut(), expected)
+    if DEVICE == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = cut()
+        graph.replay()
+        assert torch.equal(found, expected)
 
 
 def test_what_cannot_run_says_why() -> None:
