@@ -111,10 +111,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     )
     terminalreporter.section(f"on {where}", sep="-")
     for row in rows:
+        percent = row["percent_of_limit"]
         terminalreporter.write_line(
             f"{row['case']:<62} {row['impl']:<22} {row['p50_ms']:>9.4f} ms "
             f"{row['gb_per_s']:>7.0f} GB/s {row['tflop_per_s']:>7.1f} TFLOP/s "
-            f"{row['percent_of_limit']:>4.0f} %"
+            f"{'cached' if percent is None else f'{percent:.0f} %':>6}"
         )
     for rival, reason in kernel_bench.absent().items():
         terminalreporter.write_line(f"no rows of {rival}: {reason}")

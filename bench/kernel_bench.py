@@ -3,7 +3,8 @@
 On a GPU a case's inputs are copied until the copies pass three times the L2 cache, calls on them
 in turn are captured in one CUDA graph, and replays of it are timed: no launch gaps, no warm
 cache. Inputs are random, because zeros run faster. On a CPU calls are timed one by one, at small
-shapes.
+shapes and on the same inputs, which its caches hold. What runs from a cache has no percentage of
+the copy limit, which is memory's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +30,10 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = (torch.bfloat16, torch.float16) if GPU else (torch.float32, torch.bfloat16)
 COPY_BYTES = 1 << 30 if GPU else 1 << 25
 MATMUL_SIDE = 8192 if GPU else 1024
-MAX_CAPTURED = 200  # calls in one graph
+MAX_CAPTURED = 200  # calls in one graph, where the copies of the inputs are fewer
+MAX_COPIES = 8192  # of 18 KiB, they pass three times 50 MB; a graph of more calls takes seconds
+WARM_UP_SECONDS = 0.2  # before a limit is measured: clocks rise within 100 ms
+REPEATS = 20 if GPU else 5  # of which a limit is the median
 
 
 @dataclass(frozen=True)
@@ -160,11 +165,15 @@ def absent() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """calls() makes `count` calls of a case and waits for them; peak: see `peak_bytes`."""
+    """calls() makes `count` calls of a case and waits for them; peak: see `peak_bytes`.
+
+    cold: every call finds its inputs in memory, none in a cache.
+    """
 
     calls: Callable[[], None]
     count: int
     peak: int | None
+    cold: bool
 
 
 def warm(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -178,11 +187,10 @@ def prepare(case: Case) -> Prepared:
     """Runs a case until nothing is left to compile, and captures it where there is a GPU."""
     run, first = warm(case)
     if not GPU:
-        return Prepared(lambda: run(*first), 1, None)
+        return Prepared(lambda: run(*first), 1, None, cold=False)
     peak = peak_bytes(run, first)
-    size = sum(t.numel() * t.element_size() for t in first if isinstance(t, Tensor))
-    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    copies = max(2, min(64, -(-3 * cache // max(size, 1)) + 1))
+    size = sum(value.numel() * value.element_size() for value in first if is_copied(value))
+    copies, cold = copies_of(size, torch.cuda.get_device_properties(DEVICE).L2_cache_size)
     sets = [first] + [copied(first) for _ in range(copies - 1)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -206,15 +214,27 @@ def prepare(case: Case) -> Prepared:
         graph.replay()
         torch.cuda.synchronize()
 
-    return Prepared(replay, count, peak)
+    return Prepared(replay, count, peak, cold)
+
+
+def copies_of(size: int, cache: int) -> tuple[int, bool]:
+    """How many copies of inputs of `size` bytes pass three times the cache, and whether they do.
+
+    Inputs so small that MAX_COPIES do not are timed from the cache, on two copies.
+    """
+    copies = max(2, -(-3 * cache // max(size, 1)) + 1)
+    return (copies, True) if copies <= MAX_COPIES else (2, False)
+
+
+def is_copied(value: Any) -> bool:
+    """Whether an input is one that every call of a graph has its own copy of."""
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
 def copied(inputs: Sequence[Any]) -> tuple[Any, ...]:
     """The same values elsewhere; modules and their parameters stay."""
     return tuple(
-        value.detach().clone().requires_grad_(value.requires_grad)
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-        else value
+        value.detach().clone().requires_grad_(value.requires_grad) if is_copied(value) else value
         for value in inputs
     )
 
@@ -290,17 +310,27 @@ def _measure_matmul(dtype: torch.dtype) -> float:
 
 
 def best_seconds(call: Callable[[], Any]) -> float:
-    """The median of 20 calls after 200 ms of warm-up on a GPU, of 5 on a CPU."""
+    """The median of REPEATS calls after WARM_UP_SECONDS of calls."""
     from kineticlip.measure import time_calls
 
-    return time_calls(call, warmup=50 if GPU else 2, repeats=20 if GPU else 5).p50 / 1000
+    end = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < end:
+        call()
+        if GPU:
+            torch.cuda.synchronize()
+    return time_calls(call, warmup=1, repeats=REPEATS).p50 / 1000
 
 
 def row(case: Case, prepared: Prepared, milliseconds: Sequence[float]) -> dict[str, Any]:
-    """One row of a result file. Percent: of the faster of what memory and products allow here."""
+    """One row of a result file. Percent: of the faster of what memory and products allow here.
+
+    None where memory is what bounds it and the inputs come from a cache.
+    """
     ordered = sorted(milliseconds)
     p20, p50, p80 = (ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
     flops_limit = matmul_limit(case.matrix_dtype or case.dtype) if case.cost.flops else 1.0
+    least = case.cost.seconds(flops_limit, copy_limit())
+    from_memory = case.cost.flops / flops_limit < least
     return {
         "case": case.name,
         "op": case.op,
@@ -317,7 +347,7 @@ def row(case: Case, prepared: Prepared, milliseconds: Sequence[float]) -> dict[s
         "bytes": case.cost.bytes,
         "gb_per_s": case.cost.bytes / p50 / 1e6,
         "tflop_per_s": case.cost.flops / p50 / 1e9,
-        "percent_of_limit": 1e5 * case.cost.seconds(flops_limit, copy_limit()) / p50,
+        "percent_of_limit": 1e5 * least / p50 if prepared.cold or not from_memory else None,
     }
 
 

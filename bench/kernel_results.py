@@ -46,7 +46,7 @@ ROW = {
     "bytes": float,
     "gb_per_s": float,
     "tflop_per_s": float,
-    "percent_of_limit": float,
+    "percent_of_limit": (float, type(None)),  # None: memory bounds it, and a cache served it
 }
 
 
