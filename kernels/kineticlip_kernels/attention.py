@@ -19,7 +19,10 @@ AttentionImpl = Literal["auto", "reference", "sdpa", "xformers", "triton"]
 Source = tuple[Tensor, Tensor]  # keys and values, each [M', n, H, K]
 MAX_SOURCES = 4  # of the Triton face: a custom operator has a fixed number of arguments
 MAX_HEAD_WIDTH = 128  # of the Triton face
-MAX_CLASS_WIDTH = 1024  # of the Triton face of class_attention: a program holds H sums of D
+# Of the Triton face of class_attention: a program holds H sums of D. With 32 heads of 1024 its
+# backward would take 262,144 bytes of shared memory, and sm_90 has 232,448.
+MAX_CLASS_WIDTH = 1024
+MAX_CLASS_HEADS = 16
 CHUNK = 1 << 20  # scores at a time on the CPU: 2 MiB of bf16 stay in its cache
 
 
@@ -32,7 +35,7 @@ def attention(
     with M a multiple of M' -> [M, N, H, K]. The result does not depend on the order of the
     sources. Raises UnsupportedInput for malformed sources and a face that cannot run.
     """
-    _check_sources(qkv, sources)
+    check_sources("attention", qkv, sources)
     face = choose_attention(qkv, sources, impl)
     if face == "chunked":
         return attention_chunked(qkv, sources=sources)
@@ -104,10 +107,11 @@ def class_attention(
     x [M, N, D]: the block's normed input, token 0 is the class token; weight [3 D, D] and bias
     [3 D]: the packed q, k, v projection; sources: normed tokens [M', n, D] -> [M, H, K], what
     row 0 of `attention` gives. The key projection moves to the query and the value projection
-    behind the sum: 2 N D H products for each image instead of 4 N D^2. Exact.
+    behind the sum: 2 N D H products for each image instead of 4 N D^2. Exact. Raises
+    UnsupportedInput for other shapes, and where the face asked for cannot run.
     """
-    _check_class_sources(x, sources)
-    why_not = class_attention_reasons(impl, x, weight, bias, sources)
+    _check_class_operands(x, weight, bias, heads, sources)
+    why_not = class_attention_reasons(impl, x, weight, bias, sources, heads=heads)
     if choose("class_attention", impl, why_not) == "reference":
         return class_attention_reference(x, weight, bias, heads=heads, sources=sources)
     from kineticlip_kernels.class_attention_triton import class_attention_triton
@@ -187,7 +191,7 @@ def attention_reasons(impl: str, qkv: Tensor, sources: Sequence[Source]) -> list
 
 
 def class_attention_reasons(
-    impl: str, x: Tensor, weight: Tensor, bias: Tensor, sources: Sequence[Tensor]
+    impl: str, x: Tensor, weight: Tensor, bias: Tensor, sources: Sequence[Tensor], *, heads: int
 ) -> list[str]:
     """Why the Triton face of `class_attention` cannot take these tensors."""
     tokens = {f"source {index}": source for index, source in enumerate(sources)}
@@ -196,6 +200,8 @@ def class_attention_reasons(
         why_not.append(f"{len(sources)} sources (at most {MAX_SOURCES})")
     if x.shape[-1] > MAX_CLASS_WIDTH:
         why_not.append(f"tokens {x.shape[-1]} wide (at most {MAX_CLASS_WIDTH})")
+    if heads > MAX_CLASS_HEADS:
+        why_not.append(f"{heads} heads (at most {MAX_CLASS_HEADS})")
     return why_not
 
 
@@ -209,23 +215,35 @@ def xformers_reasons(qkv: Tensor) -> list[str]:
     return why_not
 
 
-def _check_sources(qkv: Tensor, sources: Sequence[Source]) -> None:
+def check_sources(op: str, qkv: Tensor, sources: Sequence[Source]) -> None:
+    """Raises UnsupportedInput unless the operands are what `attention` says, of one dtype."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise UnsupportedInput(f"attention: qkv is {tuple(qkv.shape)}, expected [M, N, 3, H, K]")
+        raise UnsupportedInput(f"{op}: qkv is {tuple(qkv.shape)}, expected [M, N, 3, H, K]")
     for index, (k, v) in enumerate(sources):
         rows = k.shape[0]
-        if k.shape != v.shape or k.shape[2:] != qkv.shape[3:] or k.dtype != qkv.dtype:
+        same = k.shape == v.shape and k.dtype == v.dtype
+        if not same or k.shape[2:] != qkv.shape[3:] or k.dtype != qkv.dtype:
             raise UnsupportedInput(
-                f"attention: source {index} is k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)}; "
-                f"expected two [M', n, {qkv.shape[3]}, {qkv.shape[4]}] of {qkv.dtype}"
+                f"{op}: source {index} is k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} "
+                f"{v.dtype}; expected two [M', n, {qkv.shape[3]}, {qkv.shape[4]}] of {qkv.dtype}"
             )
         if rows == 0 or len(qkv) % rows:
             raise UnsupportedInput(
-                f"attention: source {index} has {rows} rows, which do not divide {len(qkv)} images"
+                f"{op}: source {index} has {rows} rows, which do not divide {len(qkv)} images"
             )
 
 
-def _check_class_sources(x: Tensor, sources: Sequence[Tensor]) -> None:
+def _check_class_operands(
+    x: Tensor, weight: Tensor, bias: Tensor, heads: int, sources: Sequence[Tensor]
+) -> None:
+    width = x.shape[-1] if x.ndim == 3 else -1
+    if weight.shape != (3 * width, width) or bias.shape != (3 * width,):
+        raise UnsupportedInput(
+            f"class_attention: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
+            f"{tuple(bias.shape)}; expected [M, N, D], [3 D, D] and [3 D]"
+        )
+    if heads < 1 or width % heads:
+        raise UnsupportedInput(f"class_attention: {heads} heads do not divide D {width}")
     for index, source in enumerate(sources):
         rows = source.shape[0]
         if source.shape[2:] != x.shape[2:] or rows == 0 or len(x) % rows:

@@ -192,6 +192,10 @@ def attention_backward(
     grad_qkv = launch.empty(*qkv.shape, dtype=qkv.dtype, device=qkv.device)
     found = [grad_qkv] + [qkv.new_empty(0) for _ in range(8)]
     if not images or not tokens:
+        for index, tensor in enumerate((k0, v0, k1, v1, k2, v2, k3, v3), start=1):
+            pair = (index - 1) // 2 * 2 + 1  # keys and values get theirs together
+            if tensor is not None and any(flags[pair : pair + 2]):
+                found[index] = torch.zeros_like(tensor)
         return found
     delta = _launch_delta(out, grad)
     if flags[0]:

@@ -117,7 +117,8 @@ def class_attention_triton(
     x: Tensor, weight: Tensor, bias: Tensor, *, heads: int, sources: Sequence[Tensor] = ()
 ) -> Tensor:
     """The Triton face of `class_attention`, for at most MAX_SOURCES sources."""
-    query = absorbed_query(x, weight, bias, heads)  # [M, H, D]
+    # Under autocast the projection comes out in its dtype, whatever the tokens have.
+    query = absorbed_query(x, weight, bias, heads).to(x.dtype)  # [M, H, D]
     (mixed,) = _class_mix(query, x, *sources, *[None] * (MAX_SOURCES - len(sources)))
     return project_values(mixed, weight, bias, heads)
 

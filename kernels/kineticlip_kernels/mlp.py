@@ -14,12 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import Impl, choose, matrix_reasons, triton_reasons
+from kineticlip_kernels.dispatch import (
+    Impl,
+    UnsupportedInput,
+    choose,
+    matrix_reasons,
+    triton_reasons,
+)
 from kineticlip_kernels.recompute import remember
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
-    """quick_gelu(x + bias). x [..., F], bias [F] -> [..., F] of x's dtype."""
+    """quick_gelu(x + bias). x [..., F], bias [F] -> [..., F] of x's dtype.
+
+    Raises UnsupportedInput for other shapes, and where the face asked for cannot run.
+    """
+    check_bias("bias_quick_gelu", x, bias)
     if choose("bias_quick_gelu", impl, triton_reasons(impl, x=x, bias=bias)) == "reference":
         return bias_quick_gelu_reference(x, bias)
     from kineticlip_kernels.mlp_triton import bias_quick_gelu_triton
@@ -35,8 +45,14 @@ def bias_quick_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
 def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     """quick_gelu(x @ weight.T + bias). x [..., D], weight [F, D], bias [F] -> [..., F].
 
-    All three have one dtype; products accumulate in fp32.
+    All three have one dtype; products accumulate in fp32. Raises UnsupportedInput for other
+    shapes, and where the face asked for cannot run.
     """
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:] or bias.shape != weight.shape[:1]:
+        raise UnsupportedInput(
+            f"linear_quick_gelu: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
+            f"{tuple(bias.shape)}; expected [..., D], [F, D] and [F]"
+        )
     why_not = matrix_reasons(impl, x=x, weight=weight, bias=bias)
     if choose("linear_quick_gelu", impl, why_not) == "reference":
         return linear_quick_gelu_reference(x, weight, bias)
@@ -48,6 +64,15 @@ def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl = "
 def linear_quick_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The specification of `linear_quick_gelu` in plain PyTorch."""
     return quick_gelu(F.linear(x, weight, bias))
+
+
+def check_bias(op: str, x: Tensor, bias: Tensor) -> None:
+    """Raises UnsupportedInput unless bias is [F] for x [..., F]: one of 1 would be broadcast by
+    PyTorch, and read past its end by a kernel."""
+    if bias.ndim != 1 or bias.shape != x.shape[-1:]:
+        raise UnsupportedInput(
+            f"{op}: x is {tuple(x.shape)} and bias {tuple(bias.shape)}; expected [..., F] and [F]"
+        )
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _linear_backward(
     flags: list[bool], x: Tensor, weight: Tensor, hidden: Tensor, grad_y: Tensor
 ) -> list[Tensor]:
     grad_hidden, grad_bias = _launch_backward(hidden, None, grad_y, flags[2])
-    flat = grad_hidden.flatten(0, -2)  # [R, F]
+    flat = launch.rows_of(grad_hidden)  # [R, F]
     grad_x = (flat @ weight).view(x.shape) if flags[0] else x.new_empty(0)
     grad_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if flags[1] else x.new_empty(0)
     return [grad_x, grad_weight, grad_bias.to(x.dtype)]

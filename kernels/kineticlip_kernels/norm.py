@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import Impl, choose, triton_reasons
+from kineticlip_kernels.dispatch import Impl, UnsupportedInput, choose, triton_reasons
 from kineticlip_kernels.recompute import remember
 
 MAX_WIDTH = 16384  # a row is one block: 64 KiB of fp32 in registers
@@ -20,9 +20,11 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias. x [..., D], weight and bias [D] -> [..., D].
 
-    weight and bias may be wider than x (fp32 parameters under bf16 activations); the result has
-    the dtype of x. Raises UnsupportedInput where the face asked for cannot run.
+    weight and bias may have more bits than x (fp32 parameters under bf16 activations); the result
+    has the dtype of x. Raises UnsupportedInput for other shapes, and where the face asked for
+    cannot run.
     """
+    check_parameters("layer_norm", x, weight, bias)
     face = choose("layer_norm", impl, reasons(impl, x, weight, bias))
     function = layer_norm_reference if face == "reference" else _layer_norm_triton
     return remember(function(x, weight, bias, eps), function, x, weight, bias, eps)
@@ -50,11 +52,13 @@ def add_layer_norm(
     """The residual stream after one more update, and its LayerNorm.
 
     residual and update [..., D] of one dtype -> (residual + update, layer_norm of it), both
-    [..., D] of that dtype. The statistics are those of the sum as it is stored.
+    [..., D] of that dtype. The statistics are those of the sum as it is stored. Raises
+    UnsupportedInput for other shapes, and where the face asked for cannot run.
     """
+    check_parameters("add_layer_norm", residual, weight, bias, update)
     why_not = reasons(impl, residual, weight, bias)
-    if update.shape != residual.shape or update.dtype != residual.dtype:
-        why_not.append("residual and update differ in shape or dtype")
+    if update.dtype != residual.dtype:
+        why_not.append("residual and update differ in dtype")
     if choose("add_layer_norm", impl, why_not) == "reference":
         total, y = add_layer_norm_reference(residual, update, weight, bias, eps)
         return total, remember(y, layer_norm_reference, total, weight, bias, eps)
@@ -76,6 +80,26 @@ def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
     from kineticlip_kernels.norm_triton import layer_norm_triton
 
     return layer_norm_triton(x, weight, bias, eps)
+
+
+def check_parameters(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor, update: Tensor | None = None
+) -> None:
+    """Raises UnsupportedInput unless weight and bias are [D] for x [..., D], and update is as x.
+
+    The kernels take D from x: shorter parameters would be read past their end.
+    """
+    width = weight.shape
+    if width != x.shape[-1:] or width != bias.shape or not width:
+        raise UnsupportedInput(
+            f"{op}: x is {tuple(x.shape)}, weight {tuple(width)} and bias {tuple(bias.shape)}; "
+            "expected [..., D] and two [D]"
+        )
+    if update is not None and update.shape != x.shape:
+        raise UnsupportedInput(
+            f"{op}: residual is {tuple(x.shape)} and update {tuple(update.shape)}; "
+            "expected one shape"
+        )
 
 
 def reasons(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:

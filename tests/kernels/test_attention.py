@@ -50,6 +50,7 @@ def operands(
         (4, 17, 1, 8, THREE),
         (2, 1, 1, 16, ((1, 1),)),
         (0, 7, 2, 8, ()),
+        (0, 7, 2, 8, ((1, 3), (2, 2))),
         *on_gpu((4, 577, 16, 64, ((1, 8), (2, 24))), (2, 257, 4, 80, ()), (2, 50, 2, 128, ())),
     ],
 )
@@ -164,6 +165,16 @@ def test_malformed_operands_are_named(
     with pytest.raises(UnsupportedInput) as caught:
         attention(torch.zeros(shape), sources=pairs)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "sdpa", "triton"])
+@pytest.mark.parametrize("wrong", ["k", "v"])
+def test_sources_of_another_dtype_are_refused(wrong: str, impl: Any) -> None:
+    inputs = operands(2, 5, 1, 8, ((1, 3),), FP16)
+    pair = dict(zip("kv", inputs["sources"][0], strict=True))
+    pair[wrong] = pair[wrong].to(BF16)
+    with pytest.raises(UnsupportedInput, match=r"source 0 is k .* of torch\.float16"):
+        attention(inputs["qkv"], sources=[tuple(pair.values())], impl=impl)
 
 
 def test_choice_of_the_face_on_a_cpu() -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_rig import BF16, FP32, MATRIX_DTYPES, check, on_gpu, randn
+from kernel_rig import BF16, DEVICE, FP32, MATRIX, MATRIX_DTYPES, check, on_gpu, randn
 from torch import Tensor
 
 from kineticlip_kernels.attention import (
     attention_reference,
     class_attention,
+    class_attention_reasons,
     class_attention_reference,
 )
 from kineticlip_kernels.dispatch import UnsupportedInput
@@ -51,6 +52,7 @@ def operands(
         (4, 33, 2, 32, THREE),
         (1, 577, 1, 8, ()),
         (0, 5, 1, 8, ()),
+        (0, 5, 1, 8, ((1, 2),)),
         *on_gpu((4, 577, 16, 1024, ((1, 8), (2, 24))), (3, 197, 12, 768, ())),
     ],
 )
@@ -120,3 +122,47 @@ def test_sources_must_fit() -> None:
     inputs = operands(3, 5, 2, 8) | {"sources": [torch.zeros(2, 4, 8)]}
     with pytest.raises(UnsupportedInput, match="source 0 is"):
         class_attention(**inputs)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("weight", (24, 16), r"expected \[M, N, D\], \[3 D, D\]"),
+        ("weight", (16, 8), r"expected \[M, N, D\], \[3 D, D\]"),
+        ("bias", (16,), r"bias \(16,\); expected"),
+        ("x", (2, 8), r"x is \(2, 8\)"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(
+    name: str, shape: tuple[int, ...], message: str, impl: Any
+) -> None:
+    inputs = operands(2, 5, 2, 8) | {name: randn(*shape)}
+    with pytest.raises(UnsupportedInput, match=message):
+        class_attention(**inputs, impl=impl)
+
+
+def test_heads_that_do_not_divide_the_width() -> None:
+    with pytest.raises(UnsupportedInput, match="3 heads do not divide D 8"):
+        class_attention(**(operands(2, 5, 2, 8) | {"heads": 3}))
+
+
+def test_more_heads_than_the_backward_has_shared_memory_for() -> None:
+    inputs = operands(1, 3, 32, 64, (), MATRIX)
+    with pytest.raises(UnsupportedInput, match=r"cannot run: 32 heads \(at most 16\)"):
+        class_attention(**inputs, impl="triton")
+    x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
+    assert "32 heads (at most 16)" in class_attention_reasons("auto", x, weight, bias, (), heads=32)
+
+
+def test_autocast_to_another_dtype_than_the_tokens() -> None:
+    """The projection of the query comes out in autocast's dtype, the tokens stay in theirs."""
+    inputs = operands(2, 9, 2, 16, ((1, 3),), MATRIX)
+    exact = class_attention_reference(**inputs)
+    with torch.autocast(DEVICE, BF16):
+        plain = class_attention(**inputs, impl="reference")
+        found = class_attention(**inputs, impl="triton")
+    assert found.dtype == plain.dtype
+    torch.testing.assert_close(found, exact.to(found.dtype), rtol=3e-2, atol=3e-2)
+    grads = torch.autograd.grad(found.float().sum(), [inputs["x"], *inputs["sources"]])
+    assert all(grad.dtype == MATRIX and grad.isfinite().all() for grad in grads)

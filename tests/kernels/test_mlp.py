@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from kernel_rig import BF16, DEVICE, DTYPES, MATRIX, MATRIX_DTYPES, check, on_gpu, randn, strided
 from torch import Tensor
 
+from kineticlip_kernels.dispatch import UnsupportedInput
 from kineticlip_kernels.mlp import (
     bias_quick_gelu,
     bias_quick_gelu_reference,
@@ -49,6 +51,7 @@ def linear_inputs(
         ((2, 8), 32, 64),
         ((1,), 8, 16),
         ((0,), 16, 16),
+        ((), 16, 20),
         *on_gpu(((2, 577), 1024, 4096), ((999,), 200, 1000)),
     ],
 )
@@ -91,3 +94,15 @@ def test_reference_is_the_formula_with_and_without_gradients() -> None:
     assert torch.autograd.gradcheck(bias_quick_gelu_reference, (x, x[0].detach().clone()))
     inputs = linear_inputs((3,), 4, 5, torch.float64)
     assert torch.autograd.gradcheck(linear_quick_gelu_reference, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+def test_operands_that_do_not_fit_are_refused(impl: Any) -> None:
+    """Kernels would read past the end of the shorter one, or give part of the product."""
+    x, weight, bias = (randn(*shape, dtype=MATRIX) for shape in ((4, 16), (24, 16), (24,)))
+    for other in (bias[:1], bias[:15], bias):
+        with pytest.raises(UnsupportedInput, match=r"^bias_quick_gelu: x is \(4, 16\) and bias"):
+            bias_quick_gelu(x, other, impl=impl)
+    for wrong in [(x, randn(24, 32, dtype=MATRIX), bias), (x, weight, bias[:23]), (x, bias, bias)]:
+        with pytest.raises(UnsupportedInput, match=r"^linear_quick_gelu: x is .*expected"):
+            linear_quick_gelu(*wrong, impl=impl)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from kernel_rig import BF16, DTYPES, FP32, check, on_gpu, randn, strided
 
+from kineticlip_kernels.dispatch import UnsupportedInput
 from kineticlip_kernels.norm import (
     add_layer_norm,
     add_layer_norm_reference,
@@ -81,3 +83,17 @@ def test_gradient_of_the_stream_alone() -> None:
     total, _ = add_layer_norm(*inputs, *parameters(8, FP32).values(), impl="triton")
     grads = torch.autograd.grad(total.sum(), inputs)
     assert all(torch.equal(grad, torch.ones(3, 8).to(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("width", [1, 8, 48])
+def test_parameters_of_another_width_are_refused(width: int, impl: Any) -> None:
+    """Shorter ones would be read past their end, longer ones in part."""
+    x, right, wrong = randn(4, 24), parameters(24, FP32), parameters(width, FP32)
+    for weight, bias in [wrong.values(), (right["weight"], wrong["bias"])]:
+        with pytest.raises(UnsupportedInput, match=r"^layer_norm: x is \(4, 24\), weight \("):
+            layer_norm(x, weight, bias, impl=impl)
+        with pytest.raises(UnsupportedInput, match=r"^add_layer_norm: x is \(4, 24\), weight \("):
+            add_layer_norm(x, x, weight, bias, impl=impl)
+    with pytest.raises(UnsupportedInput, match=r"residual is \(4, 24\) and update \(1, 24\)"):
+        add_layer_norm(x, x[:1], **right, impl=impl)
