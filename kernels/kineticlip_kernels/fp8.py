@@ -14,19 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.attention import Source, attention_reasons, attention_reference
+from kineticlip_kernels.attention import (
+    Source,
+    attention_reasons,
+    attention_reference,
+    check_sources,
+)
 from kineticlip_kernels.dispatch import (
     Impl,
     UnsupportedInput,
     choose,
+    dtype_name,
     interpreting,
+    triton_installed,
     triton_reasons,
 )
-from kineticlip_kernels.mlp import bias_quick_gelu_reference
-from kineticlip_kernels.norm import layer_norm_reference, reasons
+from kineticlip_kernels.mlp import bias_quick_gelu_reference, check_bias
+from kineticlip_kernels.norm import check_parameters, layer_norm_reference, reasons
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # the largest e4m3 value
+MAX_ROW = 16384  # of quantize_rows and bias_quick_gelu_fp8: a row is one block
 
 LinearImpl = Literal["auto", "reference", "triton", "scaled_mm"]
 
@@ -46,7 +54,7 @@ class Scaled:
 def quantize_rows(x: Tensor, *, impl: Impl = "auto") -> Scaled:
     """Each row divided by its largest magnitude / 448, rounded to e4m3. x [..., D]."""
     _refuse_gradients("quantize_rows", x)
-    if choose("quantize_rows", impl, fp8_reasons(impl, x=x)) == "reference":
+    if choose("quantize_rows", impl, _row_reasons(impl, x=x)) == "reference":
         return quantize_rows_reference(x)
     from kineticlip_kernels.fp8_triton import quantize_rows_triton
 
@@ -65,7 +73,8 @@ def layer_norm_fp8(
 ) -> Scaled:
     """quantize_rows(layer_norm(x)), the normed row never stored in between."""
     _refuse_gradients("layer_norm_fp8", x, weight, bias)
-    why_not = reasons(impl, x, weight, bias) + fp8_reasons(impl)
+    check_parameters("layer_norm_fp8", x, weight, bias)
+    why_not = reasons(impl, x, weight, bias) + e4m3_reasons(x)
     if choose("layer_norm_fp8", impl, why_not) == "reference":
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = layer_norm_reference(wide, weight.to(wide.dtype), bias.to(wide.dtype), eps)
@@ -86,7 +95,10 @@ def add_layer_norm_fp8(
 ) -> tuple[Tensor, Scaled]:
     """(residual + update, layer_norm_fp8 of it); the sum keeps the dtype of its terms."""
     _refuse_gradients("add_layer_norm_fp8", residual, update, weight, bias)
-    why_not = reasons(impl, residual, weight, bias) + fp8_reasons(impl, update=update)
+    check_parameters("add_layer_norm_fp8", residual, weight, bias, update)
+    why_not = reasons(impl, residual, weight, bias) + e4m3_reasons(residual)
+    if update.dtype != residual.dtype:
+        why_not.append("residual and update differ in dtype")
     if choose("add_layer_norm_fp8", impl, why_not) == "reference":
         total = residual + update
         return total, layer_norm_fp8(total, weight, bias, eps, impl="reference")
@@ -99,7 +111,8 @@ def add_layer_norm_fp8(
 def bias_quick_gelu_fp8(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Scaled:
     """quantize_rows(quick_gelu(x + bias)). x [..., F], bias [F]."""
     _refuse_gradients("bias_quick_gelu_fp8", x, bias)
-    if choose("bias_quick_gelu_fp8", impl, fp8_reasons(impl, x=x, bias=bias)) == "reference":
+    check_bias("bias_quick_gelu_fp8", x, bias)
+    if choose("bias_quick_gelu_fp8", impl, _row_reasons(impl, x=x, bias=bias)) == "reference":
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return quantize_rows_reference(bias_quick_gelu_reference(wide, bias))
     from kineticlip_kernels.fp8_triton import bias_quick_gelu_fp8_triton
@@ -115,8 +128,9 @@ def attention_fp8(qkv: Tensor, *, sources: Sequence[Source] = (), impl: Impl = "
     its sources bounds it, and one scale an image serves all its rows.
     """
     _refuse_gradients("attention_fp8", qkv, *(t for source in sources for t in source))
+    check_sources("attention_fp8", qkv, sources)
     scale = value_scale(qkv, sources)  # [M]
-    why_not = attention_reasons(impl, qkv, sources) + fp8_reasons(impl)
+    why_not = attention_reasons(impl, qkv, sources) + e4m3_reasons(qkv)
     if choose("attention_fp8", impl, why_not) == "reference":
         out = attention_reference(qkv, sources=sources).flatten(2)  # [M, N, H K]
         rows = scale.unsqueeze(1).expand(out.shape[:2])
@@ -147,12 +161,21 @@ def linear_fp8(
 ) -> Tensor:
     """x @ weight.T + bias out of 8-bit operands. x [..., D], weight [F, D] -> [..., F] of dtype.
 
-    Products accumulate in fp32; the scales are applied to the sums. scaled_mm: PyTorch's own
-    kernel (cuBLAS), the choice of "auto" on a GPU.
+    The scales are applied to the sums, which are fp32. Hopper's tensor cores keep fewer bits of a
+    running sum of e4m3 products: there the Triton face adds it to one in fp32 every 128 products.
+    scaled_mm is PyTorch's own kernel (cuBLAS, or CUTLASS before CUDA 12.9 and on Blackwell), with
+    use_fast_accum=False, which promises the same. It is the choice of "auto" on a GPU where it
+    can run, and triton the next: row-wise scales need an output in 16 bits and a bias of its
+    dtype. Raises UnsupportedInput for other shapes, and where the face asked for cannot run.
     """
-    why_not = _linear_reasons(impl, x, weight)
-    fast = "triton" if impl == "triton" else "scaled_mm"
-    face = choose("linear_fp8", impl, why_not, fast=fast)
+    _check_linear(x, weight, bias)
+    why_not = _linear_reasons(impl, x)
+    if impl == "triton":
+        face = choose("linear_fp8", impl, why_not, fast="triton")
+    else:
+        slow = "reference" if why_not or not triton_installed() else "triton"
+        why_not += scaled_mm_reasons(weight, bias, dtype)
+        face = choose("linear_fp8", impl, why_not, fast="scaled_mm", slow=slow)
     if face == "reference":
         return linear_fp8_reference(x, weight, bias, dtype=dtype)
     if face == "triton":
@@ -168,9 +191,9 @@ def linear_fp8(
         scale_b=weight.scale.reshape(1, -1),
         bias=bias,
         out_dtype=dtype,
-        use_fast_accum=True,
+        use_fast_accum=False,
     )
-    return out.view(*x.values.shape[:-1], -1)
+    return out.view(*x.values.shape[:-1], len(weight.values))
 
 
 def linear_fp8_reference(
@@ -183,24 +206,57 @@ def linear_fp8_reference(
     return (out if bias is None else out + bias.to(wide)).to(dtype)
 
 
-def fp8_reasons(impl: str, **tensors: Tensor) -> list[str]:
-    """Why the Triton faces of this file cannot run."""
-    why_not = triton_reasons(impl, **tensors)
-    device = next((t.device for t in tensors.values() if t.is_cuda), None)
-    if device is not None and torch.cuda.get_device_capability(device) < (8, 9):
-        why_not.append(f"{torch.cuda.get_device_name(device)} has no e4m3 arithmetic")
+def e4m3_reasons(x: Tensor) -> list[str]:
+    """Why the GPU that x is on cannot make or multiply e4m3; empty for other devices."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        return [f"{torch.cuda.get_device_name(x.device)} has no e4m3 arithmetic"]
+    return []
+
+
+def scaled_mm_reasons(weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> list[str]:
+    """What PyTorch's own product with row-wise scales does not take, of what `linear_fp8` does."""
+    why_not = []
+    if any(size % 16 for size in weight.values.shape):
+        why_not.append(f"weight is {tuple(weight.values.shape)} (multiples of 16 only)")
+    if dtype not in (torch.bfloat16, torch.float16):
+        why_not.append(f"the output is to be {dtype_name(dtype)} (supported: fp16, bf16)")
+    if bias is not None and bias.dtype != dtype:
+        why_not.append(f"bias is {dtype_name(bias.dtype)} and the output {dtype_name(dtype)}")
     return why_not
 
 
-def _linear_reasons(impl: LinearImpl, x: Scaled, weight: Scaled) -> list[str]:
-    why_not = []
+def _row_reasons(impl: str, x: Tensor, **others: Tensor) -> list[str]:
+    why_not = triton_reasons(impl, x=x, **others) + e4m3_reasons(x)
+    if x.shape[-1] > MAX_ROW:
+        why_not.append(f"rows of {x.shape[-1]} elements (at most {MAX_ROW})")
+    return why_not
+
+
+def _linear_reasons(impl: LinearImpl, x: Scaled) -> list[str]:
+    why_not = e4m3_reasons(x.values)
+    if impl == "triton" and not triton_installed():
+        why_not.append("triton is not installed")
     if not x.values.is_cuda and not (impl == "triton" and interpreting()):
         why_not.append(f"x is on {x.values.device.type}")
-    elif x.values.is_cuda and torch.cuda.get_device_capability(x.values.device) < (8, 9):
-        why_not.append(f"{torch.cuda.get_device_name(x.values.device)} has no e4m3 arithmetic")
-    if impl != "triton" and any(size % 16 for size in weight.values.shape):
-        why_not.append(f"weight is {tuple(weight.values.shape)} (multiples of 16 only)")
     return why_not
+
+
+def _check_linear(x: Scaled, weight: Scaled, bias: Tensor | None) -> None:
+    for name, operand in {"x": x, "weight": weight}.items():
+        shape, scale = operand.values.shape, operand.scale.shape
+        if operand.values.dtype != FP8 or scale != shape[:-1]:
+            raise UnsupportedInput(
+                f"linear_fp8: {name} is {tuple(shape)} {dtype_name(operand.values.dtype)} with "
+                f"scale {tuple(scale)}; expected fp8 with a scale a row"
+            )
+    wide = weight.values.shape
+    if len(wide) != 2 or x.values.shape[-1:] != wide[1:]:
+        raise UnsupportedInput(
+            f"linear_fp8: x is {tuple(x.values.shape)} and weight {tuple(wide)}; "
+            "expected [..., D] and [F, D]"
+        )
+    if bias is not None and bias.shape != wide[:1]:
+        raise UnsupportedInput(f"linear_fp8: bias is {tuple(bias.shape)}, expected [{wide[0]}]")
 
 
 def _divided(wide: Tensor, scale: Tensor) -> Scaled:

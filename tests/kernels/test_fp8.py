@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,15 @@ import pytest
 import torch
 from kernel_rig import BF16, DEVICE, DTYPES, FP32, randn
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kineticlip_kernels import fp8_triton
 from kineticlip_kernels.attention import attention_reference
-from kineticlip_kernels.dispatch import UnsupportedInput
+from kineticlip_kernels.dispatch import UnsupportedInput, recorded_choices
 from kineticlip_kernels.fp8 import (
     FP8,
     FP8_MAX,
+    MAX_ROW,
     Scaled,
     add_layer_norm_fp8,
     attention_fp8,
@@ -98,7 +101,9 @@ def test_rows_of_zeros_and_the_largest_value() -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "depth", "width"), [((33,), 64, 40), ((2, 5), 48, 32), ((0,), 32, 32)]
+    # 200 products: more than a block of the reduction, none of which fp32 may forget.
+    ("rows", "depth", "width"),
+    [((33,), 64, 40), ((2, 5), 48, 32), ((0,), 32, 32), ((3,), 200, 24)],
 )
 def test_linear(
     rows: tuple[int, ...], depth: int, width: int, biased: bool, dtype: torch.dtype
@@ -138,3 +143,126 @@ def test_scaled_mm_says_why_not() -> None:
     assert linear_fp8(x, weight).shape == (2, 3)
     with pytest.raises(UnsupportedInput, match="multiples of 16 only"):
         linear_fp8(x, weight, impl="scaled_mm")
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+def test_operands_that_do_not_fit_are_refused(impl: Any) -> None:
+    x, short, bias = frozen(4, 24), frozen(8), frozen(24)
+    for call in (
+        lambda: layer_norm_fp8(x, short, short, impl=impl),
+        lambda: add_layer_norm_fp8(x, x, bias, short, impl=impl),
+        lambda: add_layer_norm_fp8(x, x[:2], bias, bias, impl=impl),
+        lambda: bias_quick_gelu_fp8(x, short, impl=impl),
+    ):
+        with pytest.raises(UnsupportedInput, match=r"_fp8: (x|residual) is \(4, 24\)"):
+            call()
+    qkv, k = frozen(2, 5, 3, 1, 8), frozen(1, 3, 1, 8)
+    with pytest.raises(UnsupportedInput, match="attention_fp8: source 0 is k"):
+        attention_fp8(qkv, sources=[(k, k.half())], impl=impl)
+    with pytest.raises(UnsupportedInput, match="attention_fp8: source 0 has 0 rows, which do not"):
+        attention_fp8(qkv[:0], sources=[(k[:0], k[:0])], impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton", "scaled_mm"])
+def test_factors_that_do_not_fit_are_refused(impl: Any) -> None:
+    x, weight = quantize_rows_reference(frozen(4, 32)), quantize_rows_reference(frozen(16, 32))
+    deep = quantize_rows_reference(frozen(16, 64))
+    with pytest.raises(UnsupportedInput, match=r"x is \(4, 32\) and weight \(16, 64\)"):
+        linear_fp8(x, deep, impl=impl)
+    with pytest.raises(UnsupportedInput, match=r"bias is \(8,\), expected \[16\]"):
+        linear_fp8(x, weight, frozen(8), impl=impl)
+    with pytest.raises(UnsupportedInput, match=r"weight is \(16, 32\) fp8 with scale \(8,\)"):
+        linear_fp8(x, Scaled(weight.values, weight.scale[:8]), impl=impl)
+    with pytest.raises(UnsupportedInput, match=r"x is \(4, 32\) fp32 with scale \(4,\)"):
+        linear_fp8(Scaled(x.values.float(), x.scale), weight, impl=impl)
+
+
+def test_rows_wider_than_a_block_are_left_to_the_reference() -> None:
+    x = frozen(1, MAX_ROW + 1)
+    with pytest.raises(UnsupportedInput, match=f"rows of {MAX_ROW + 1} elements"):
+        quantize_rows(x, impl="triton")
+    assert quantize_rows(x).values.shape == x.shape
+
+
+class TestOnStandInsOfGpuTensors:
+    """What is chosen and called without a device: tensors claim to be on one, and are empty."""
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "This GPU")
+        self.set_capability(monkeypatch, (9, 0))
+        with FakeTensorMode():
+            yield
+
+    @staticmethod
+    def set_capability(monkeypatch: pytest.MonkeyPatch, found: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+
+    @staticmethod
+    def tensor(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    def factors(self, rows: int) -> tuple[Scaled, Scaled]:
+        return tuple(  # type: ignore[return-value]
+            Scaled(self.tensor(n, 32, dtype=FP8), self.tensor(n, dtype=FP32)) for n in (rows, 48)
+        )
+
+    def test_older_gpus_have_no_e4m3(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.set_capability(monkeypatch, (8, 0))
+        x, row, reason = self.tensor(4, 32), self.tensor(32), "This GPU has no e4m3 arithmetic"
+        calls: list[tuple[Callable[..., Any], list[Any]]] = [
+            (quantize_rows, [x]),
+            (layer_norm_fp8, [x, row, row]),
+            (add_layer_norm_fp8, [x, x, row, row]),
+            (bias_quick_gelu_fp8, [x, row]),
+            (attention_fp8, [self.tensor(2, 5, 3, 1, 16)]),
+            (linear_fp8, list(self.factors(4))),
+        ]
+        for op, arguments in calls:
+            with pytest.raises(UnsupportedInput, match=f"cannot run: .*{reason}"):
+                op(*arguments, impl="triton")
+            with recorded_choices() as choices:
+                op(*arguments)
+            assert (choices[0].face, choices[0].why_not) == ("reference", (reason,)), op
+
+    @pytest.mark.parametrize(
+        ("dtype", "bias", "reason"),
+        [
+            (FP32, None, "the output is to be fp32 (supported: fp16, bf16)"),
+            (BF16, FP32, "bias is fp32 and the output bf16"),
+        ],
+    )
+    def test_dtypes_that_scaled_mm_refuses(
+        self,
+        dtype: torch.dtype,
+        bias: torch.dtype | None,
+        reason: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        x, weight = self.factors(4)
+        row = None if bias is None else self.tensor(48, dtype=bias)
+        with pytest.raises(UnsupportedInput, match="impl='scaled_mm' cannot run: ") as caught:
+            linear_fp8(x, weight, row, dtype=dtype, impl="scaled_mm")
+        assert reason in str(caught.value)
+        launched = self.tensor(4, 48, dtype=dtype)
+        monkeypatch.setattr(fp8_triton, "linear_fp8_triton", lambda *arguments: launched)
+        with recorded_choices() as choices:
+            assert linear_fp8(x, weight, row, dtype=dtype) is launched
+        assert (choices[0].face, choices[0].why_not) == ("triton", (reason,))
+
+    @pytest.mark.parametrize("rows", [4, 0])
+    def test_scaled_mm_accumulates_in_fp32(
+        self, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keywords: dict[str, Any] = {}
+
+        def scaled_mm(x: Tensor, weight: Tensor, **given: Any) -> Tensor:
+            keywords.update(given)
+            return self.tensor(len(x), weight.shape[1])
+
+        monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+        x, weight = self.factors(rows)
+        with recorded_choices() as choices:
+            assert linear_fp8(x, weight, self.tensor(48)).shape == (rows, 48)
+        assert choices[0].face == "scaled_mm" and keywords["use_fast_accum"] is False
