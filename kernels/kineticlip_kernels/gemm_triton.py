@@ -34,7 +34,11 @@ def multiply(
         else:
             x = tl.load(x_ptr + start, mask=k[None, :] < D - start, other=0.0)
             weight = tl.load(weight_ptr + start, mask=k[:, None] < D - start, other=0.0)
-        total = tl.dot(x, weight, total, input_precision="ieee")
+        # Not total = dot(x, weight, total): sm_90 adds e4m3 products with fewer bits than fp32 has,
+        # and would keep the sum of all D of them so. This way fp32 takes it over every BLOCK_K,
+        # for one wait on four QGMMA; max_num_imprecise_acc waits behind each of them. Products of
+        # 16 bits are folded back into the same code as ever.
+        total += tl.dot(x, weight, input_precision="ieee")
     return total
 
 

@@ -26,6 +26,7 @@ TARGETS += [(90, name) for name in tuning.tables() if name not in ("default", "i
 CASES = sorted(HERE.glob("aot_cases_*.py"))
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
 TENSOR_CORES = {80: {"mma.sync"}, 90: {"HGMMA", "QGMMA"}, 100: {"tcgen05.mma"}}
+LONGEST_SUM = 128  # of e4m3 products: what cuBLAS adds up without its fast accumulation
 # Kernels without a row for sm_80: e4m3 began with sm_89.
 EIGHT_BITS = {"quantize_rows", "linear_fp8"}
 
@@ -51,6 +52,8 @@ def complaints(kernel: dict[str, Any], arch: int) -> list[str]:
         found.append(f"shared memory {kernel['shared']} of {SHARED_LIMIT[arch]} bytes")
     if kernel["kind"] == "matrix" and not TENSOR_CORES[arch] & kernel["matrix"].keys():
         found.append(f"no {' or '.join(sorted(TENSOR_CORES[arch]))}, only {kernel['matrix']}")
+    if kernel["e4m3_sum"] > LONGEST_SUM:
+        found.append(f"sums of {kernel['e4m3_sum']} e4m3 products outside fp32")
     if kernel["kind"] == "memory" and not kernel["wide_loads"]:
         found.append("no 128-bit load")
     if kernel["kind"] == "stores" and not kernel["wide_stores"]:

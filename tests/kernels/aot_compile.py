@@ -40,6 +40,11 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = r"(wgmma\.mma_async|mma\.sync|tcgen05\.mma|HGMMA|QGMMA|HMMA|QMMA)\b"
 WIDE_LOAD = r"ld\.global\S*\.v4\.b32$|cp\.async\.cg\b|(LDG|LDGSTS)\.\S*\b128$|UTMALDG"
 WIDE_STORE = r"st\.global\S*\.v4\.b32$|STG\.\S*\b128$"
+# A product of 8 bits in Triton's own code for sm_90: its accumulator, attributes and depth.
+E4M3_PRODUCT = re.compile(
+    r"warp_group_dot \S+, \S+, (\S+?)(?: \{(.*?)\})? : \S+?<\d+x(\d+)xf8E4M3FN"
+)
+ENDLESS = 1 << 30
 
 
 class StandInDriver:
@@ -133,6 +138,7 @@ def report(case: str, name: str, kernel: Any, kind: str) -> dict[str, Any]:
         "stack": _number(r"STACK:(\d+)", usage),  # where spilled registers go, in bytes
         "shared": kernel.metadata.shared,
         "matrix": _matching(MATRIX, counts),
+        "e4m3_sum": e4m3_sum(kernel.asm["ttgir"]),
         "wide_loads": sum(_matching(WIDE_LOAD, counts).values()),
         "wide_stores": sum(_matching(WIDE_STORE, counts).values()),
     }
@@ -157,6 +163,24 @@ def instructions(kernel: Any, cubin: str) -> dict[str, int]:
     if kept is not None:
         kept.write_text(json.dumps(counts))
     return counts
+
+
+def e4m3_sum(code: str) -> int:
+    """How many e4m3 products sm_90 may add up, with fewer bits than fp32, before fp32 takes over.
+
+    Triton adds the sum to an fp32 one every maxNumImpreciseAcc products where that is no more
+    than the product's depth. Otherwise it grows without end, unless it starts from zeros each
+    time and is added to another by the kernel itself. 0: no such product.
+    """
+    zeros = re.findall(r"(%\S+) = arith\.constant dense<0\.0+e\+00> : tensor<", code)
+    longest = 0
+    for accumulator, attributes, depth in E4M3_PRODUCT.findall(code):
+        found = re.search(r"maxNumImpreciseAcc = (\d+)", attributes)
+        limit = int(found[1]) if found else 0
+        if limit > int(depth):
+            limit = int(depth) if accumulator in zeros else ENDLESS
+        longest = max(longest, limit, 32)  # one instruction's
+    return longest
 
 
 def _tool(name: str, *arguments: str) -> str:

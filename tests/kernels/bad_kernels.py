@@ -50,14 +50,19 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def product(m: int, n: int, k: int, *, warps: int, stages: int) -> None:
-    operands = meta(m, 1024), meta(1024, n), meta(m, n)
+def product(
+    m: int, n: int, k: int, *, warps: int, stages: int, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    operands = meta(m, 1024, dtype=dtype), meta(1024, n, dtype=dtype), meta(m, n)
     _product[(1,)](*operands, 1024, M=m, N=n, K=k, num_warps=warps, num_stages=stages)
 
 
 CASES = {
     "spills": lambda: product(256, 256, 64, warps=4, stages=2),
     "too much shared memory": lambda: product(128, 256, 64, warps=8, stages=6),
+    "endless 8-bit sum": lambda: product(
+        128, 128, 128, warps=8, stages=2, dtype=torch.float8_e4m3fn
+    ),
     "good": lambda: product(128, 128, 64, warps=8, stages=3),
     "no tensor cores": lambda: _without_tensor_cores[(1,)](
         meta(16, 64), meta(64, 16), meta(16, 16, dtype=torch.float32), K=64
