@@ -18,7 +18,7 @@ from kineticlip_kernels.dispatch import UnsupportedInput, choose, matrix_reasons
 AttentionImpl = Literal["auto", "reference", "sdpa", "xformers", "triton"]
 Source = tuple[Tensor, Tensor]  # keys and values, each [M', n, H, K]
 MAX_SOURCES = 4  # of the Triton face: a custom operator has a fixed number of arguments
-MAX_HEAD_WIDTH = 128  # of the Triton face
+MAX_HEAD_WIDTH = 128  # of the Triton face; with two sources or more, sm_80 spills 16 bytes there
 # Of the Triton face of class_attention: a program holds H sums of D. With 32 heads of 1024 its
 # backward would take 262,144 bytes of shared memory, and sm_90 has 232,448.
 MAX_CLASS_WIDTH = 1024
