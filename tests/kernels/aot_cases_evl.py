@@ -52,6 +52,7 @@ CASES = {
     "displacement B/16, 8 clips": lambda: sums(8, 8, 14, 768),
     "displacement L/14-336": lambda: sums(1, 32, 24, 1024),
     "attend_tokens L/14-336": lambda: attend(1, 32, 577, 1024, 16),
+    "attend_tokens at its limits": lambda: attend(1, 8, 50, 2048, 16),
 }
 
 KINDS = {

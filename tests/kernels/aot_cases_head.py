@@ -36,8 +36,8 @@ CASES = {
     "top_classes fp32": lambda: top_classes_triton(
         meta(8, 768, dtype=torch.float32), meta(400, 768, dtype=torch.float32), 5
     ),
-    "top_classes 5 of 100000": lambda: top_classes_triton(
-        meta(64, 768, grad=False), meta(100_000, 768, grad=False), 5
+    "top_classes 16 of 100000": lambda: top_classes_triton(
+        meta(64, 768, grad=False), meta(100_000, 768, grad=False), 16
     ),
     "mean_softmax 400": lambda: mean_softmax_triton(meta(64, 12, 400, grad=False)),
     "mean_softmax 4096": lambda: mean_softmax_triton(meta(64, 12, 4096, grad=False)),
