@@ -211,7 +211,7 @@ def test_eval_scores_a_repeated_video_once_and_counts_files_read_in_sequence(
     listing.write_text("\n".join(names))
     assert main(evaluate(clips, out, "--list", str(listing))) == 0
     shown = capsys.readouterr().out
-    assert "decoded by pyav 4" in shown and "1 lines of the list repeat a video" in shown
+    assert "decoded by pyav 4" in shown and "lines of the list that repeat a video: 1" in shown
     assert "1 of them read in sequence: h264 in avi is always decoded in sequence" in shown
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["scored"], summary["speed"]["videos"]) == (4, 3)

@@ -288,7 +288,7 @@ def test_lists_and_labels_that_do_not_fit(
     empty.write_text("v0 0 1\nv1 3 1\nv2 0 2\n")
     status, stdout, err = run(capsys, *words)
     assert status == 0 and "2 without frames left out (v0, ...)" in err
-    assert "entries without frames: 2" in stdout and "1 videos of 6 classes" in stdout
+    assert "entries without frames: 2" in stdout and "1 video of 6 classes" in stdout
     assert read_results(out).summary["videos"] == 1
     words[words.index("--list") + 1] = str(videos / "list.txt")
     words += ["--fresh", "--set", "data.val_min_frames=4"]

@@ -96,7 +96,8 @@ def read_list(
     """
     text, digest = _read_text(path, "list")
     rows, parse = _format_of(text, rate)
-    entries, short, empty, lines = [], [], [], []
+    entries: list[Entry] = []
+    short, empty, lines = [], [], []
     for number, row in rows:
         try:
             entry = parse(row)
@@ -105,7 +106,9 @@ def read_list(
                     allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
                     raise _BadLine(f"label {label} is out of range: expected {allowed}")
         except _BadLine as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+            first = not entries and "not an integer" in str(error)
+            hint = "; if this is a header, leave it out" if first else ""
+            raise UserError(f"{path}:{number}: {error}{hint}") from None
         if entry.num_frames == 0:
             empty.append(entry.name)
         elif 0 < entry.num_frames < min_frames:

@@ -86,7 +86,7 @@ class Journal:
         if difference:
             raise UserError(
                 f"{self.path}: belongs to another run: {difference}; "
-                "choose another folder, or delete this one"
+                "choose another folder, or delete this one (--fresh)"
             )
         return lines[1:], len(found) - length
 

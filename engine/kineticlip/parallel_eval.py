@@ -133,7 +133,7 @@ def check_same_run(out: Path, part: Path) -> None:
         if difference:
             raise UserError(
                 f"{path}: belongs to another run: {difference}; "
-                "choose another folder, or delete this one"
+                "choose another folder, or delete this one (--fresh)"
             )
 
 

@@ -12,6 +12,7 @@ from kineticlip import metrics
 from kineticlip.journal import Json
 
 INTERVAL_LEVEL = 0.95
+NAMED = 5  # bad videos that the summary names itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ def summarize(rows: Sequence[VideoRow], class_names: Sequence[str]) -> Json:
         "scored": len(scored),
         "bad": len(rows) - len(scored),
         "bad_reasons": _counted(row.reason for row in rows if row.status == "bad"),
+        "bad_videos": list(dict.fromkeys(row.video for row in rows if row.status == "bad"))[:NAMED],
         "repeated": len(rows) - len({row.video for row in rows}),
         "decoders": _counted(row.decoder for row in scored),
         "fallbacks": _counted(row.reason for row in scored if row.reason),

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from kineticlip.config import Config
 
 LEAST = {"official_processes": 1, "official_batch": 1, "limit": 1, "thumbnails": 0}
+PROTOCOL = """
+views and precision are keys of the configuration:
+  --set test.clips=4 --set test.crops=3 --set eval.precision=int8   (fp32, bf16; GPU: fp16, fp8)"""
 METRICS = ("zero-shot", "map", "multilabel", "official-padded")  # kineticlip.protocols.PROTOCOLS
 
 
@@ -58,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="multilabel: videos a batch of the official running mean (1)",
     )
+    parser.epilog = f"{parser.epilog}\n{PROTOCOL}"
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N videos")
     parser.add_argument("--features", metavar="DIR", help="what kineticlip features wrote of them")
     parser.add_argument("--out", metavar="DIR", help="results folder; default <output>/eval")
@@ -227,10 +231,9 @@ def describe(summary: dict[str, Any]) -> list[str]:
         lines.append("no accuracy: no video that was scored has one label")
     else:
         lines.append("no video could be read; is --root right?")
-    lines.append(
-        f"{summary['scored']} videos of {summary['classes']} classes, "
-        f"{protocol['clips']} clips x {protocol['crops']} crops x {protocol['frames']} frames"
-    )
+    videos, classes = _plural(summary["scored"], "video"), _plural(summary["classes"], "class")
+    views = (_plural(protocol[f"{what}s"], what) for what in ("clip", "crop", "frame"))
+    lines.append(f"{videos} of {classes}, {' x '.join(views)}")
     extra = summary["extra"]
     eight = next((name for name in EIGHT_BITS if name in extra), None)
     if eight is not None:
@@ -244,9 +247,13 @@ def describe(summary: dict[str, Any]) -> list[str]:
     lines += describe_extra({key: value for key, value in extra.items() if key != eight})
     if summary["bad"]:
         reasons = "; ".join(f"{count} x {why}" for why, count in summary["bad_reasons"].items())
-        lines.append(f"{summary['bad']} videos could not be decoded and are not counted: {reasons}")
+        bad = _plural(summary["bad"], "video")
+        lines.append(f"{bad} could not be decoded, not counted: {reasons}")
+        lines += [f"  {name}" for name in summary["bad_videos"]]
+        if summary["bad"] > len(summary["bad_videos"]):
+            lines.append("  and others; results.parquet names all")
     if summary["repeated"]:
-        lines.append(f"{summary['repeated']} lines of the list repeat a video and count again")
+        lines.append(f"lines of the list that repeat a video: {summary['repeated']}")
     speed = summary["speed"]
     if speed.get("videos"):
         waits = ", ".join(
@@ -262,6 +269,11 @@ def describe(summary: dict[str, Any]) -> list[str]:
         lines.append(f"decoded by {decoders} ({speed['decoding']}); bad files: {summary['bad']}")
         lines += [f"  {count} of them {why}" for why, count in summary["fallbacks"].items()]
     return lines
+
+
+def _plural(count: int, word: str) -> str:
+    ending = "" if count == 1 else "es" if word.endswith("s") else "s"
+    return f"{count} {word}{ending}"
 
 
 def _model_share(speed: dict[str, Any]) -> str:

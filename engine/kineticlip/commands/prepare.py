@@ -22,6 +22,7 @@ SHOWN = 20  # unreadable videos printed; all of them go to --bad and --json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"{parser.epilog}\n\nExits with 1 where a video cannot be read."
     parser.add_argument("source", metavar="SOURCE", help="a list of videos, or a folder of them")
     parser.add_argument("--root", default="", metavar="DIR", help="goes before the list's paths")
     parser.add_argument("--good", metavar="FILE", help="write the list without unreadable videos")
@@ -94,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**summary, "items": _rows(checked)}))
     else:
         print(_table(summary, checked))
+        if folder is not None:
+            print(f"{summary['readable']} copies in {folder}")
     return 1 if summary["unreadable"] else 0
 
 

@@ -133,9 +133,8 @@ def open_video(
 def choose_decoder(probe: Probe, decoder: str = "auto") -> tuple[str, list[str]]:
     """(name, notes): the CPU decoder of a file, and why it is not the asked one.
 
-    auto is PyAV for every file: on trimmed packets it takes 5 to 10 % less CPU time than torchcodec
-    on 340p to 720p H.264, HEVC and VP9 (bench/decode.py), scales as well over threads, and its
-    FFmpeg is the same on every machine.
+    auto is PyAV for every file: on trimmed packets it takes no more CPU time than torchcodec
+    (docs/decisions/0001), scales as well over threads, and its FFmpeg is the same on every machine.
     """
     notes = []
     if decoder == "dali":

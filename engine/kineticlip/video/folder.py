@@ -33,7 +33,11 @@ def list_frames(folder: str | Path, template: str = TEMPLATE) -> list[Path]:
         if match and path.name == template.format(int(match[1])):
             found[int(match[1])] = path
     if not found:
-        raise VideoError(folder, f"no image in it is named like {template.format(1)!r}")
+        raise VideoError(
+            folder,
+            f"is a folder, and no image in it is named like {template.format(1)!r} "
+            "(one of videos is for `kineticlip prepare`)",
+        )
     numbers = sorted(found)
     if numbers[-1] - numbers[0] + 1 != len(numbers):
         gap = next(n for n in range(numbers[0], numbers[-1]) if n not in found)
