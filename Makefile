@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help venv demo test lint bench clean
 
 help:
+	@echo "make venv   install everything into .venv"
 	@echo "make demo   render clips, train, evaluate, write the HTML report"
 	@echo "make test   lint, types and the test suite"
 	@echo "make bench  kernel benchmarks of this machine"
@@ -15,6 +16,7 @@ help:
 venv: $(STAMP)
 
 $(STAMP): setup.py constraints.txt
+	@echo "Installing into $(VENV); the first time takes some minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check \
 	    -c constraints.txt -e '.[test,monitor]'
