@@ -196,6 +196,8 @@ def test_eval_takes_over_what_processes_left(
     scored = [line for line in lines[1:] if "views" in line]
     (part / "journal.jsonl").write_text("".join([lines[0], *scored[:4]]))
     capsys.readouterr()
+    error_of(capsys, *evaluate(clips, two), "--fresh", "--weights", "none.pt")
+    assert part.exists()  # a mistake deletes nothing
     assert main([*evaluate(clips, two), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["speed"]["videos"] == len(scored) - 4
     assert (two / "results.parquet").read_bytes() == (one / "results.parquet").read_bytes()

@@ -23,7 +23,7 @@ from kineticlip.loader import (
     open_entry,
     pipeline_of,
     run_ahead,
-    test_cache,
+    scoring_cache,
     views_of,
 )
 from kineticlip.sampling import sample_test
@@ -78,7 +78,7 @@ class DeviceLoader:
         sample_test(1, config.data, config.test, self._rules)  # settings that no video can meet
         geometry(64, 64, size=32, crops=config.test.crops, pipeline=self._rules)
         self.entries, self._config = entries, config
-        self._cache = test_cache(config.data, cache)
+        self._cache = scoring_cache(config.data, cache)
         self._device = device
         name = f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
         self._reader = BatchReader(

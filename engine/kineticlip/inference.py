@@ -112,8 +112,7 @@ def fused_quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 def compile_bytes(tower: nn.Module, *, backend: str = "inductor") -> None:
     """Has the quantisation before a tower's int8 products compiled when it first runs.
 
-    One loop over a row instead of several (bench/cpu_choices.py). Compiling what comes behind the
-    products gains nothing over working in place.
+    One loop over a row instead of several (bench/cpu_choices.py).
     """
     quantise = torch.compile(fused_quantise, dynamic=True, backend=backend)
     for layer in tower.modules():
@@ -240,9 +239,8 @@ def make_steady(
 
     The chunk is probed where it is not given, batch shapes may vary and the run is long enough.
     eval.compile: auto records a CUDA graph on a GPU and leaves the packed layers of a CPU alone,
-    which are no slower than Inductor's frozen code and cost no compilation; always compiles for
-    either; never does neither. int8 has its quantisation compiled: by `always`, and by `auto` in
-    runs that are long enough to earn it back.
+    which cost no compilation; always compiles for either; never does neither. int8 has its
+    quantisation compiled: by `always`, and by `auto` in runs that are long enough to earn it back.
     """
     tower = model.get_submodule("visual")
     notes = [f"{config.eval.precision} on {device.type}"]

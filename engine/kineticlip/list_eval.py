@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +19,13 @@ from kineticlip.feature_cache import FeatureViews, open_store
 from kineticlip.inference import make_steady
 from kineticlip.loader import BadVideo, TestLoader
 from kineticlip.measure import machine_record
-from kineticlip.parallel_eval import PARTS, check_same_run, take_over_parts
+from kineticlip.parallel_eval import check_same_run, remove_run, take_over_parts
 from kineticlip.predictor import Recognizer, compare_first, load_recognizer, pick_device
 from kineticlip.protocols import check_protocols, collect, measure
 from kineticlip.results import (
     ResultWriter,
     earlier_summary,
     protocol_fingerprint,
-    remove_results,
 )
 
 Loader = TestLoader | DeviceLoader | FeatureViews
@@ -78,9 +76,8 @@ def evaluate_list(
     speed: of the processes that have scored the list already. Where nothing was left to score, the
     summary keeps the speed, and what was compared, of the run that did the work.
     """
-    if options.fresh:
-        shutil.rmtree(out / PARTS, ignore_errors=True)
-    take_over_parts(out)
+    if not options.fresh:
+        take_over_parts(out)
     with _opened(config, out, options) as run:
         here, extra = _score(run, run.entries)
         speed = dict(speed or here)
@@ -136,7 +133,7 @@ def _opened(config: Config, out: Path, options: ListOptions) -> Iterator[_Run]:
         config, listing, class_names=class_names, weights=recognizer.weights
     )
     if options.fresh:
-        remove_results(out)
+        remove_run(out)
     with ResultWriter.open(
         out,
         protocol,
@@ -155,8 +152,9 @@ def _score(run: _Run, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[st
     recognizer, config, writer = run.recognizer, run.recognizer.config, run.writer
     if recognizer.classifier is not None:
         writer.save_classifier(recognizer.classifier.numpy())
-    distinct = {entry.name: entry for entry in reversed(entries)}  # a list may repeat a video
-    todo = [entry for entry in reversed(distinct.values()) if entry.name not in writer.done]
+    distinct = {entry.name: entry for entry in entries}  # a list may repeat a video
+    done = writer.done
+    todo = [entry for name, entry in distinct.items() if name not in done]
     loader, decoding = _loader(recognizer, todo)
     stream: Iterable[VideoViews | BadVideo] = loader
     chunk, tower = recognizer.chunk, ["features"]

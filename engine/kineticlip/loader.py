@@ -64,7 +64,7 @@ def cache_for(
     return _shared_cache(str(path)) if path is not None else None
 
 
-def test_cache(data: DataConfig, given: ProbeCache | None) -> ProbeCache | None:
+def scoring_cache(data: DataConfig, given: ProbeCache | None) -> ProbeCache | None:
     """cache_for the list to score."""
     return cache_for(data, given, root=data.val_root, listed=data.val_list)
 
@@ -213,7 +213,7 @@ class TestLoader:
         geometry(64, 64, size=32, crops=config.test.crops, pipeline=rules)
         self.entries = entries[rank::world]
         self._load = functools.partial(
-            views_of, config=config, pipeline=pipeline, cache=test_cache(config.data, cache)
+            views_of, config=config, pipeline=pipeline, cache=scoring_cache(config.data, cache)
         )
         self._workers = config.data.workers
 

@@ -24,7 +24,7 @@ from kineticlip.config import Config, config_to_dict
 from kineticlip.errors import UserError
 from kineticlip.journal import Journal, Json, first_difference, read_journal
 from kineticlip.launch import child_environment
-from kineticlip.results import JOURNAL, THUMBNAILS
+from kineticlip.results import JOURNAL, THUMBNAILS, remove_results
 
 PARTS, LOCK, SPEED, MESSAGES = "parts", "lock.jsonl", "speed.json", "messages.txt"
 PATIENCE = 10.0  # seconds that processes of a killed parent may take to follow it
@@ -135,6 +135,12 @@ def check_same_run(out: Path, part: Path) -> None:
                 f"{path}: belongs to another run: {difference}; "
                 "choose another folder, or delete this one (--fresh)"
             )
+
+
+def remove_run(out: Path) -> None:
+    """Deletes the results in a folder, finished or not, so that it starts afresh."""
+    remove_results(out)
+    shutil.rmtree(out / PARTS, ignore_errors=True)
 
 
 def take_over_parts(out: Path) -> None:

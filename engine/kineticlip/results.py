@@ -140,7 +140,7 @@ class ResultWriter:
 
     @property
     def done(self) -> Set[str]:
-        """Names of the videos that have a result; not those that an earlier run found bad."""
+        """Names of the videos with a result by now; not those that an earlier run found bad."""
         return self._rows.keys() - self._again
 
     @property

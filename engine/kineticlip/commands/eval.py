@@ -191,16 +191,12 @@ def _evaluate(args: argparse.Namespace, config: Config, out: Path) -> dict[str, 
 
 def _share_out(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
     """Has all videos scored by several processes; gives their speed."""
-    import shutil
-
     from kineticlip.list_eval import listed_videos
-    from kineticlip.parallel_eval import PARTS, evaluate_in_processes
-    from kineticlip.results import remove_results
+    from kineticlip.parallel_eval import evaluate_in_processes, remove_run
 
     _, listed = listed_videos(config)
     if args.fresh:
-        remove_results(out)
-        shutil.rmtree(out / PARTS, ignore_errors=True)
+        remove_run(out)
     return evaluate_in_processes(
         config,
         out,

@@ -133,8 +133,8 @@ def open_video(
 def choose_decoder(probe: Probe, decoder: str = "auto") -> tuple[str, list[str]]:
     """(name, notes): the CPU decoder of a file, and why it is not the asked one.
 
-    auto is PyAV for every file: on trimmed packets it takes no more CPU time than torchcodec
-    (docs/decisions/0001), scales as well over threads, and its FFmpeg is the same on every machine.
+    auto is PyAV for every file: on trimmed packets it is ahead of torchcodec or level with it, and
+    its FFmpeg is the same on every machine (docs/decisions/0001).
     """
     notes = []
     if decoder == "dali":
