@@ -102,7 +102,7 @@ CASES = {
     "linear_quick_gelu": linear,
     "attention 64, four sources": lambda: attend(64, *FOUR),
     "class_attention, two sources": lambda: attend_class(*FOUR[1:3]),
-    "attention, widest heads": lambda: attend(MAX_HEAD_WIDTH),
+    "attention, widest heads, four sources": lambda: attend(MAX_HEAD_WIDTH, *FOUR),
     "fp8": eight_bits,
 }
 
