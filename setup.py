@@ -37,7 +37,7 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "numpy>=2.0",
-        "pillow>=11",
+        "pillow>=13",  # resizes the rows of tall frames first, as cut_crops does
         "av>=18",  # prober, fallback decoder, and the encoder of the demo clips
         "torchcodec>=0.17",  # the fast CPU decoder; needs the system's FFmpeg libraries
         "open_clip_torch>=3.3",  # tokenizer, text towers, pretrained weights

@@ -6,24 +6,34 @@ a source has M' rows of n tokens, and row m of the batch reads source row m // (
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import UnsupportedInput, choose, matrix_reasons, record_choice
+from kineticlip_kernels.dispatch import (
+    UnsupportedInput,
+    check_operands,
+    choose,
+    dtype_name,
+    matrix_reasons,
+    record_choice,
+)
 
-AttentionImpl = Literal["auto", "reference", "sdpa", "xformers", "triton"]
+AttentionImpl = Literal["auto", "reference", "sdpa", "chunked", "xformers", "triton"]
 Source = tuple[Tensor, Tensor]  # keys and values, each [M', n, H, K]
 MAX_SOURCES = 4  # of the Triton face: a custom operator has a fixed number of arguments
-MAX_HEAD_WIDTH = 128  # of the Triton face; with two sources or more, sm_80 spills 16 bytes there
+MAX_HEAD_WIDTH = 128  # of the Triton face
 # Of the Triton face of class_attention: a program holds H sums of D. With 32 heads of 1024 its
 # backward would take 262,144 bytes of shared memory, and sm_90 has 232,448.
 MAX_CLASS_WIDTH = 1024
 MAX_CLASS_HEADS = 16
 CHUNK = 1 << 20  # scores at a time on the CPU: 2 MiB of bf16 stay in its cache
+# Looked up once, as Triton is: torch.compile does not trace through find_spec.
+XFORMERS_INSTALLED = importlib.util.find_spec("xformers") is not None
 
 
 def attention(
@@ -31,9 +41,12 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, where k and v are the image's own tokens and the sources'.
 
-    qkv [M, N, 3, H, K] as one projection writes it; sources: (k, v) pairs, each [M', n, H, K]
-    with M a multiple of M' -> [M, N, H, K]. The result does not depend on the order of the
-    sources. Raises UnsupportedInput for malformed sources and a face that cannot run.
+    Vaswani et al., "Attention Is All You Need" (2017), equation 1. qkv [M, N, 3, H, K] as one
+    projection writes it; sources: (k, v) pairs of its dtype, each [M', n, H, K] with M a multiple
+    of M' -> [M, N, H, K] of that dtype. The result does not depend on the order of the sources.
+    Differentiable in all, but for "chunked", the choice in bf16 on a CPU without gradients.
+    Raises UnsupportedInput for other shapes and dtypes, for tensors on several devices, and where
+    the face asked for cannot run.
     """
     check_sources("attention", qkv, sources)
     face = choose_attention(qkv, sources, impl)
@@ -105,10 +118,11 @@ def class_attention(
     """Attention of the class token alone, keys and values never projected.
 
     x [M, N, D]: the block's normed input, token 0 is the class token; weight [3 D, D] and bias
-    [3 D]: the packed q, k, v projection; sources: normed tokens [M', n, D] -> [M, H, K], what
-    row 0 of `attention` gives. The key projection moves to the query and the value projection
-    behind the sum: 2 N D H products for each image instead of 4 N D^2. Exact. Raises
-    UnsupportedInput for other shapes, and where the face asked for cannot run.
+    [3 D]: the packed q, k, v projection; sources: normed tokens [M', n, D], all of one dtype
+    -> [M, H, K] of it, what row 0 of `attention` gives. The key projection moves to the query and
+    the value projection behind the sum: 2 N D H products for each image instead of 4 N D^2.
+    Exact. Differentiable in all. Raises UnsupportedInput for other shapes and dtypes, for tensors
+    on several devices, and where the face asked for cannot run.
     """
     _check_class_operands(x, weight, bias, heads, sources)
     why_not = class_attention_reasons(impl, x, weight, bias, sources, heads=heads)
@@ -155,22 +169,28 @@ def choose_attention(qkv: Tensor, sources: Sequence[Source], impl: AttentionImpl
     """The face that `attention` runs. Raises UnsupportedInput where impl cannot run."""
     if impl == "auto":
         return _fastest(qkv, sources)
-    if impl in ("reference", "sdpa"):
-        return record_choice("attention", impl)
-    if impl == "xformers":
-        return choose("attention", impl, xformers_reasons(qkv), fast="xformers")
+    why_not = []
     if impl == "triton":
-        return choose("attention", impl, attention_reasons(impl, qkv, sources))
-    raise UnsupportedInput(
-        f"attention: unknown impl {impl!r}; known: auto, reference, sdpa, xformers, triton"
-    )
+        why_not = attention_reasons(impl, qkv, sources)
+    elif impl == "xformers":
+        why_not = xformers_reasons(qkv)
+    elif impl == "chunked" and _recorded(qkv, sources):
+        why_not = ["gradients are wanted, and it keeps nothing for them"]
+    known = get_args(AttentionImpl)
+    return choose("attention", impl, why_not, fast=impl, slow="sdpa", known=known)
+
+
+def _recorded(qkv: Tensor, sources: Sequence[Source]) -> bool:
+    """Whether a gradient of these will be asked for."""
+    tensors = (qkv, *(tensor for source in sources for tensor in source))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _fastest(qkv: Tensor, sources: Sequence[Source]) -> str:
     if qkv.device.type == "cpu":
-        recorded = torch.is_grad_enabled() and qkv.requires_grad
-        plain = "chunked" if qkv.dtype == torch.bfloat16 and not recorded else "sdpa"
-        return record_choice("attention", plain, [f"qkv is on {qkv.device.type}"])
+        plain = qkv.dtype != torch.bfloat16 or _recorded(qkv, sources)
+        face = "sdpa" if plain else "chunked"
+        return record_choice("attention", face, [f"qkv is on {qkv.device.type}"])
     # SDPA is cuDNN's kernel on sm_90, but has to be handed all keys and values in one tensor:
     # copying them moves as many bytes as the attention itself. The kernel here takes them apart.
     why_not = attention_reasons("auto", qkv, sources)
@@ -207,26 +227,32 @@ def class_attention_reasons(
 
 def xformers_reasons(qkv: Tensor) -> list[str]:
     """Why xformers cannot take this tensor."""
-    why_not = []
+    why_not = [] if XFORMERS_INSTALLED else ["xformers is not installed"]
     if not qkv.is_cuda:
         why_not.append(f"qkv is on {qkv.device.type}")
     if qkv.dtype not in (torch.float16, torch.bfloat16):
-        why_not.append(f"qkv is {qkv.dtype} (supported: fp16, bf16)")
+        why_not.append(f"qkv is {dtype_name(qkv.dtype)} (supported: fp16, bf16)")
     return why_not
 
 
 def check_sources(op: str, qkv: Tensor, sources: Sequence[Source]) -> None:
     """Raises UnsupportedInput unless the operands are what `attention` says, of one dtype."""
+    check_operands(op, qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise UnsupportedInput(f"{op}: qkv is {tuple(qkv.shape)}, expected [M, N, 3, H, K]")
-    for index, (k, v) in enumerate(sources):
-        rows = k.shape[0]
+    for index, source in enumerate(sources):
+        if isinstance(source, Tensor) or len(source) != 2:
+            raise UnsupportedInput(f"{op}: source {index} is no pair (k, v) of tensors")
+        k, v = source
+        check_operands(op, **{"qkv": qkv, f"k of source {index}": k, f"v of source {index}": v})
         same = k.shape == v.shape and k.dtype == v.dtype
-        if not same or k.shape[2:] != qkv.shape[3:] or k.dtype != qkv.dtype:
+        if not same or k.ndim != 4 or k.shape[2:] != qkv.shape[3:] or k.dtype != qkv.dtype:
             raise UnsupportedInput(
-                f"{op}: source {index} is k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} "
-                f"{v.dtype}; expected two [M', n, {qkv.shape[3]}, {qkv.shape[4]}] of {qkv.dtype}"
+                f"{op}: source {index} is k {tuple(k.shape)} {dtype_name(k.dtype)}, "
+                f"v {tuple(v.shape)} {dtype_name(v.dtype)}; expected two "
+                f"[M', n, {qkv.shape[3]}, {qkv.shape[4]}] of {dtype_name(qkv.dtype)}"
             )
+        rows = k.shape[0]
         if rows == 0 or len(qkv) % rows:
             raise UnsupportedInput(
                 f"{op}: source {index} has {rows} rows, which do not divide {len(qkv)} images"
@@ -236,20 +262,27 @@ def check_sources(op: str, qkv: Tensor, sources: Sequence[Source]) -> None:
 def _check_class_operands(
     x: Tensor, weight: Tensor, bias: Tensor, heads: int, sources: Sequence[Tensor]
 ) -> None:
-    width = x.shape[-1] if x.ndim == 3 else -1
+    named = {f"source {index}": source for index, source in enumerate(sources)}
+    check_operands("class_attention", x=x, weight=weight, bias=bias, **named)
+    width = x.shape[-1] if x.ndim == 3 and x.shape[1] else -1
     if weight.shape != (3 * width, width) or bias.shape != (3 * width,):
         raise UnsupportedInput(
             f"class_attention: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
-            f"{tuple(bias.shape)}; expected [M, N, D], [3 D, D] and [3 D]"
+            f"{tuple(bias.shape)}; expected [M, N >= 1, D], [3 D, D] and [3 D]"
         )
     if heads < 1 or width % heads:
         raise UnsupportedInput(f"class_attention: {heads} heads do not divide D {width}")
-    for index, source in enumerate(sources):
-        rows = source.shape[0]
+    for name, source in named.items():
+        rows = source.shape[0] if source.ndim == 3 else 0
         if source.shape[2:] != x.shape[2:] or rows == 0 or len(x) % rows:
             raise UnsupportedInput(
-                f"class_attention: source {index} is {tuple(source.shape)}, expected "
+                f"class_attention: {name} is {tuple(source.shape)}, expected "
                 f"[M', n, {x.shape[-1]}] with M' dividing {len(x)}"
+            )
+        if source.dtype != x.dtype:
+            raise UnsupportedInput(
+                f"class_attention: {name} is {dtype_name(source.dtype)}, x {dtype_name(x.dtype)}; "
+                "expected one dtype"
             )
 
 

@@ -161,10 +161,11 @@ def _backward_queries(
             k = load_tile(k_ptr, start, length, key_token, K, BLOCK_K, BLOCK_N)
             v = load_tile(v_ptr, start, length, value_token, K, BLOCK_K, BLOCK_N)
             scores = tl.dot(q, k.T, input_precision="ieee") * scale
-            weights = tl.exp2(scores - lse[:, None])
+            # No real weight is above one. Keys behind the end score zero, far above real scores
+            # at times: their weight would be infinite in 16 bits, and NaN times the zero key.
+            weights = tl.exp2(tl.minimum(scores - lse[:, None], 0.0))
             grad_weights = tl.dot(grad, v.T, input_precision="ieee")
             grad_scores = weights * (grad_weights - delta[:, None])
-            # Keys behind the end are zeros here and add nothing.
             grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision="ieee")
     grad_q = grad_q * (scale * 0.6931471805599453)
     store_tile(grad_q_ptr + place, grad_q, first, N, q_token_stride, K, BLOCK_K, BLOCK_M)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kineticlip_kernels import launch
 from kineticlip_kernels.attention import MAX_SOURCES, absorbed_query, project_values
 from kineticlip_kernels.attention_sets_triton import LOG2_E, load_tile, store_tile
-from kineticlip_kernels.launch import FusedOp, power_of_two
+from kineticlip_kernels.launch import FusedOp, near, power_of_two
 from kineticlip_kernels.tuning import blocks
 
 LOG2 = tl.constexpr(LOG2_E)
@@ -102,12 +102,12 @@ def _backward(
         for start in range(0, length, BLOCK_N):
             y = load_tile(base, start, length, token_stride, D, BLOCK_D, BLOCK_N)
             scores = tl.dot(y, query.T, input_precision="ieee") * LOG2  # [n, H]
-            weights = tl.exp2(scores - lse[None, :])
+            # At most one: see attention_backward_triton.py for tokens behind the end.
+            weights = tl.exp2(tl.minimum(scores - lse[None, :], 0.0))
             grad_weights = tl.dot(y, grad.T, input_precision="ieee")
             grad_scores = weights * (grad_weights - delta[None, :])
             store_tile(pairs_ptr, grad_scores, start, length, 2 * H, H, BLOCK_H, BLOCK_N)
             store_tile(pairs_ptr + H, weights, start, length, 2 * H, H, BLOCK_H, BLOCK_N)
-            # Tokens behind the end are zeros here and add nothing.
             grad_query = tl.dot(y.T, grad_scores.to(y.dtype), grad_query, input_precision="ieee")
         pairs_ptr += length * 2 * H
     store_tile(grad_query_ptr + place, grad_query.T, 0, H, D, D, BLOCK_D, BLOCK_H)
@@ -126,7 +126,7 @@ def class_attention_triton(
 def _sets(tokens: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The sets there are, columns adjacent."""
     present = [t for t in tokens if t is not None]
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in present)
+    return tuple(t if t.stride(-1) == 1 and near(t) else t.contiguous() for t in present)
 
 
 def _set_arguments(images: int, sets: tuple[Tensor, ...]) -> tuple[tuple[object, ...], ...]:

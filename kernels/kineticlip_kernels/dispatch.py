@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -67,18 +67,47 @@ def choose(
     *,
     fast: str = "triton",
     slow: str = "reference",
+    known: Sequence[str] = get_args(Impl),
 ) -> str:
     """The face to run. "auto" is `fast` unless there is a reason against it, then `slow`.
 
-    Raises UnsupportedInput where `fast` was asked for by name and cannot run.
+    Raises UnsupportedInput where `fast` was asked for by name and cannot run, and for an impl
+    that is not `known`.
     """
+    if impl not in known:
+        raise UnsupportedInput(f"{op}: unknown impl {impl!r}; known: {', '.join(known)}")
     if impl == "auto":
         return record_choice(op, slow if why_not else fast, why_not)
     if impl == fast and why_not:
-        raise UnsupportedInput(f"{op}: impl={fast!r} cannot run: {'; '.join(why_not)}")
-    if impl not in ("reference", fast, slow):
-        raise UnsupportedInput(f"{op}: unknown impl {impl!r}; known: auto, reference, {fast}")
+        raise UnsupportedInput(
+            f"{op}: impl={fast!r} cannot run: {'; '.join(why_not)}; impl='auto' takes {slow}"
+        )
     return record_choice(op, impl)
+
+
+def check_tensors(op: str, /, **operands: Any) -> None:
+    """Raises UnsupportedInput unless the operands are tensors on one device.
+
+    A kernel would read an address of another device as its own. None is an operand left out.
+    """
+    given = {name: operand for name, operand in operands.items() if operand is not None}
+    for name, operand in given.items():
+        if not isinstance(operand, Tensor):
+            raise UnsupportedInput(f"{op}: {name} is a {type(operand).__name__}, not a tensor")
+    devices = {name: operand.device for name, operand in given.items()}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} is on {device}" for name, device in devices.items())
+        raise UnsupportedInput(f"{op}: {places}; expected one device")
+
+
+def check_operands(op: str, /, **operands: Any) -> None:
+    """`check_tensors`, and that their elements are floating-point numbers."""
+    check_tensors(op, **operands)
+    for name, operand in operands.items():
+        if operand is not None and not operand.is_floating_point():
+            raise UnsupportedInput(
+                f"{op}: {name} is {dtype_name(operand.dtype)}, expected a floating dtype"
+            )
 
 
 def triton_reasons(impl: str, **tensors: Tensor) -> list[str]:
@@ -88,6 +117,7 @@ def triton_reasons(impl: str, **tensors: Tensor) -> list[str]:
     thousands of times slower than the reference, and "auto" must not pick it.
     """
     interpreted = impl == "triton" and interpreting()
+    garbled = interpreted and not interpreter_repaired()
     reasons = []
     if not triton_installed():
         reasons.append("triton is not installed")
@@ -96,6 +126,8 @@ def triton_reasons(impl: str, **tensors: Tensor) -> list[str]:
             reasons.append(f"{name} is on {tensor.device.type}")
         if tensor.dtype not in TRITON_DTYPES:
             reasons.append(f"{name} is {dtype_name(tensor.dtype)} (supported: fp32, fp16, bf16)")
+        if garbled and tensor.dtype == torch.bfloat16:
+            reasons.append(f"{name} is bf16, which Triton's interpreter gets wrong unless repaired")
     return reasons
 
 
@@ -110,6 +142,13 @@ def matrix_reasons(impl: str, **tensors: Tensor) -> list[str]:
     return reasons
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for the device of x: for sums that an op promises in fp32."""
+    if x.device.type == "meta":
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def triton_installed() -> bool:
     """Whether `import triton` would find something; imports nothing."""
     return TRITON_INSTALLED
@@ -118,6 +157,18 @@ def triton_installed() -> bool:
 def interpreting() -> bool:
     """Whether kernels run in Triton's CPU interpreter (TRITON_INTERPRET=1 before its import)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreter_repaired() -> bool:
+    """Whether somebody replaced how Triton's interpreter casts.
+
+    The stock one (Triton 3.6) takes bf16 for 16-bit integers, without a word.
+    """
+    if not TRITON_INSTALLED:
+        return False
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return bool(InterpreterBuilder.cast_impl.__module__ != "triton.runtime.interpreter")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,13 +10,21 @@ several times faster and smaller than the reference; "auto" takes it wherever Tr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import UnsupportedInput, choose, matrix_reasons, triton_reasons
+from kineticlip_kernels.dispatch import (
+    UnsupportedInput,
+    check_operands,
+    choose,
+    dtype_name,
+    full_precision,
+    matrix_reasons,
+    triton_reasons,
+)
 from kineticlip_kernels.tables import kept
 
 EvlImpl = Literal["auto", "reference", "lean", "triton"]
@@ -31,12 +39,14 @@ def neighbour_maps(q: Tensor, k: Tensor, *, impl: EvlImpl = "auto") -> Tensor:
     q, k: [B, T, N, H, K] of one trunk block, before scaling, with bias; the class token is left
     out. maps[0, b, t] is frame t + 1 looking at t, maps[1, b, t] is frame t looking at t + 1:
     softmax over the other frame's patches, then the mean over heads -> [2, B, T - 1, P, P] of
-    their dtype; [2, B, 0, P, P] for one frame. Differentiable.
+    their dtype; [2, B, 0, P, P] for one frame. Differentiable. Raises UnsupportedInput for other
+    shapes and dtypes, for tensors on several devices, and where the face asked for cannot run.
     """
+    check_operands("neighbour_maps", q=q, k=k)
     if q.ndim != 5 or q.shape != k.shape or q.dtype != k.dtype or q.shape[2] < 2:
         raise UnsupportedInput(
-            f"neighbour_maps: q is {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}; "
-            "expected two [B, T, N >= 2, H, K] of one dtype"
+            f"neighbour_maps: q is {tuple(q.shape)} {dtype_name(q.dtype)}, k {tuple(k.shape)} "
+            f"{dtype_name(k.dtype)}; expected two [B, T, N >= 2, H, K] of one dtype"
         )
     face = _choose("neighbour_maps", impl, matrix_reasons(impl, q=q, k=k))
     if face == "triton":
@@ -57,7 +67,8 @@ def neighbour_maps_reference(q: Tensor, k: Tensor) -> Tensor:
     maps = []
     for queries, keys in pairs:
         queries, keys = wide(queries[:, :, 1:]), wide(keys[:, :, 1:])  # [B, T - 1, P, H, K]
-        scores = torch.einsum("btphk,btrhk->bthpr", queries * q.shape[-1] ** -0.5, keys)
+        with full_precision(q):
+            scores = torch.einsum("btphk,btrhk->bthpr", queries * q.shape[-1] ** -0.5, keys)
         maps.append(scores.softmax(dim=-1).mean(dim=2))  # [B, T - 1, P, P]
     return torch.stack(maps).to(q.dtype)
 
@@ -74,7 +85,7 @@ def displacement(
 
     maps [2, B, T - 1, P, P] of `neighbour_maps`; previous_weight (w1) and next_weight (w2):
     [O, C] of one dtype, a row for each offset -> [B, T, P, C] of that dtype. A missing neighbour
-    adds nothing. Differentiable in all three.
+    adds nothing. Differentiable in all three. Raises UnsupportedInput as `neighbour_maps` does.
     """
     weights = (previous_weight, next_weight)
     _check_displacement(maps, weights, grid)
@@ -97,10 +108,11 @@ def displacement_reference(
     """The specification of `displacement` in plain PyTorch; it gathers [P, P, C]."""
     table = offsets(grid, maps.device)  # [P, P]
     dtype = torch.promote_types(wide(maps).dtype, wide(previous_weight).dtype)
-    before, after = (
-        torch.einsum("btpr,prc->btpc", part.to(dtype), weight.to(dtype)[table])
-        for part, weight in zip(maps, (previous_weight, next_weight), strict=True)
-    )  # [B, T - 1, P, C]
+    with full_precision(maps):
+        before, after = (
+            torch.einsum("btpr,prc->btpc", part.to(dtype), weight.to(dtype)[table])
+            for part, weight in zip(maps, (previous_weight, next_weight), strict=True)
+        )  # [B, T - 1, P, C]
     total = F.pad(before, (0, 0, 0, 0, 1, 0)) + F.pad(after, (0, 0, 0, 0, 0, 1))
     return total.to(previous_weight.dtype)
 
@@ -132,7 +144,9 @@ def attend_tokens(
     z = (f - mean) / std, and the result is sum_n softmax_n(query . z_n) z_n.
     query [B, Q, C], see `absorb_query`; tokens [B, T, N, C]; conv_weight [C, 1, 3] and conv_bias
     [C], zero padding; position [T, C]; motion [B, T, P, C], what `displacement` gives; every
-    term may be left out -> [B, Q, C] of query's dtype. Sums are fp32. Differentiable in all.
+    term may be left out -> [B, Q, C] of query's dtype. Dtypes may differ; sums are fp32.
+    Differentiable in all. Raises UnsupportedInput for other shapes, for integers, for tensors on
+    several devices, and where the face asked for cannot run.
     """
     terms = {
         "conv_weight": conv_weight,
@@ -143,8 +157,10 @@ def attend_tokens(
     given = {name: term for name, term in terms.items() if term is not None}
     _check_tokens(query, tokens, given)
     why_not = triton_reasons(impl, query=query, tokens=tokens, **given)
-    if tokens.shape[-1] > MAX_WIDTH or query.shape[1] > MAX_HEADS:
-        why_not.append(f"C is {tokens.shape[-1]}, Q {query.shape[1]} ({MAX_WIDTH}, {MAX_HEADS})")
+    if tokens.shape[-1] > MAX_WIDTH:
+        why_not.append(f"C is {tokens.shape[-1]} (at most {MAX_WIDTH})")
+    if query.shape[1] > MAX_HEADS:
+        why_not.append(f"Q is {query.shape[1]} (at most {MAX_HEADS})")
     face = _choose("attend_tokens", impl, why_not)
     if face == "triton":
         from kineticlip_kernels.evl_triton import attend_tokens_triton
@@ -168,6 +184,21 @@ def attend_tokens_reference(
     eps: float = 1e-5,
 ) -> Tensor:
     """The specification of `attend_tokens` in plain PyTorch."""
+    with full_precision(tokens):
+        z = _normalised(tokens, conv_weight, conv_bias, position, motion, eps)
+        weights = (query.to(z.dtype) @ z.transpose(1, 2)).softmax(dim=-1)  # [B, Q, T * N]
+        return (weights @ z).to(query.dtype)
+
+
+def _normalised(
+    tokens: Tensor,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    position: Tensor | None,
+    motion: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """z of `attend_tokens`, [B, T * N, C]."""
     f = wide(tokens)  # [B, T, N, C]
     if conv_weight is not None and conv_bias is not None:
         clips, _, count, width = f.shape
@@ -179,9 +210,7 @@ def attend_tokens_reference(
         f = f + position.to(f.dtype)[:, None]
     if motion is not None:
         f = f + F.pad(motion.to(f.dtype), (0, 0, 1, 0))
-    z = F.layer_norm(f, f.shape[-1:], eps=eps).flatten(1, 2)  # [B, T * N, C]
-    weights = (query.to(z.dtype) @ z.transpose(1, 2)).softmax(dim=-1)  # [B, Q, T * N]
-    return (weights @ z).to(query.dtype)
+    return F.layer_norm(f, f.shape[-1:], eps=eps).flatten(1, 2)
 
 
 def absorb_query(q: Tensor, norm_weight: Tensor, key_weight: Tensor, *, heads: int) -> Tensor:
@@ -212,29 +241,35 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _choose(op: str, impl: EvlImpl, why_not: Sequence[str]) -> str:
-    return choose(op, impl, why_not, slow="lean")
+    return choose(op, impl, why_not, slow="lean", known=get_args(EvlImpl))
 
 
 def _check_displacement(
     maps: Tensor, weights: tuple[Tensor, Tensor], grid: tuple[int, int]
 ) -> None:
+    check_operands("displacement", maps=maps, previous_weight=weights[0], next_weight=weights[1])
     patches, bins = grid[0] * grid[1], (2 * grid[0] - 1) * (2 * grid[1] - 1)
     if maps.ndim != 5 or len(maps) != 2 or maps.shape[3:] != (patches, patches):
         raise UnsupportedInput(
             f"displacement: maps are {tuple(maps.shape)}, expected "
             f"[2, B, T - 1, {patches}, {patches}] for a grid of {grid[0]} x {grid[1]}"
         )
-    for name, weight in zip(("previous_weight", "next_weight"), weights, strict=True):
-        if weight.ndim != 2 or len(weight) != bins or weight.dtype != weights[0].dtype:
-            raise UnsupportedInput(
-                f"displacement: {name} is {tuple(weight.shape)} {weight.dtype}, "
-                f"expected [{bins}, C] of {weights[0].dtype}"
-            )
+    first, second = weights
+    same = first.shape == second.shape and first.dtype == second.dtype
+    if first.ndim != 2 or len(first) != bins or not same:
+        raise UnsupportedInput(
+            f"displacement: previous_weight is {tuple(first.shape)} {dtype_name(first.dtype)}, "
+            f"next_weight {tuple(second.shape)} {dtype_name(second.dtype)}; expected two "
+            f"[{bins}, C] of one dtype"
+        )
 
 
 def _check_tokens(query: Tensor, tokens: Tensor, given: dict[str, Tensor]) -> None:
+    check_operands("attend_tokens", query=query, tokens=tokens, **given)
     if tokens.ndim != 4:
-        raise UnsupportedInput(f"attend_tokens: tokens are {tuple(tokens.shape)}: [B, T, N, C]")
+        raise UnsupportedInput(
+            f"attend_tokens: tokens are {tuple(tokens.shape)}, expected [B, T, N, C]"
+        )
     clips, frames, count, width = tokens.shape
     expected = {
         "conv_weight": (width, 1, 3),

@@ -203,7 +203,7 @@ def attend_tokens_backward(
         if term is None or not wanted:
             found.append(tokens.new_empty(0))
         else:
-            found.append(value.to(term.dtype))
+            found.append(value.to(term.dtype).contiguous())
     return [*found, grad_motion]
 
 

@@ -177,14 +177,12 @@ def displacement_triton(
     return out
 
 
-def _forward(
-    maps: Tensor, previous: Tensor, following: Tensor, rows: int, columns: int
-) -> tuple[Tensor]:
+def _forward(maps: Tensor, previous: Tensor, following: Tensor, rows: int, columns: int) -> Tensor:
     clips, frames, patches = maps.shape[1], maps.shape[2] + 1, maps.shape[3]
     width, images = previous.shape[1], clips * frames
     out = launch.empty(clips, frames, patches, width, dtype=previous.dtype, device=previous.device)
     if out.numel() == 0:
-        return (out,)
+        return out
     block = blocks("displacement", maps.device, images=images, itemsize=previous.itemsize)
     programs = (patches, ceil_div(width, block["BLOCK_C"]), ceil_div(images, block["BLOCK_L"]))
     _sums[programs](
@@ -199,7 +197,7 @@ def _forward(
         COLUMNS=columns,
         **block,
     )
-    return (out,)
+    return out
 
 
 def _backward(
@@ -269,8 +267,8 @@ _displacement = FusedOp(
     "displacement",
     _forward,
     _backward,
-    fake_forward=lambda maps, previous, following, rows, columns: (
-        previous.new_empty(maps.shape[1], maps.shape[2] + 1, maps.shape[3], previous.shape[1]),
+    fake_forward=lambda maps, previous, following, rows, columns: previous.new_empty(
+        maps.shape[1], maps.shape[2] + 1, maps.shape[3], previous.shape[1]
     ),
     fake_backward=_fake_backward,
     save=lambda inputs, outputs: (inputs[:3], inputs[3:]),

@@ -109,7 +109,11 @@ def displacement_lean(
     2 w - 1 horizontal offsets only. That is 2 times the necessary products, against 3.7 with
     bins for both directions, and no copy of the weights.
     """
-    return _apply(_Displacement, maps, previous_weight, next_weight, grid)
+    weights = (previous_weight, next_weight)
+    if torch.float64 in (maps.dtype, previous_weight.dtype):
+        exact = [tensor.double() for tensor in (maps, *weights)]
+        return _apply(_Displacement, *exact, grid).to(previous_weight.dtype)
+    return _apply(_Displacement, maps, *weights, grid)
 
 
 class _Displacement(torch.autograd.Function):
@@ -273,7 +277,7 @@ def _sum_terms(
         f[:, 1:].addcmul_(tokens[:, :-1], before)
         f[:, :-1].addcmul_(tokens[:, 1:], after)
     if conv_bias is not None:
-        f += conv_bias if position is None else (conv_bias + position)[:, None]
+        f += conv_bias if position is None else (wide(conv_bias) + wide(position))[:, None]
     elif position is not None:
         f += position[:, None]
     if motion is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from kineticlip_kernels.attention import (
 from kineticlip_kernels.dispatch import (
     Impl,
     UnsupportedInput,
+    check_operands,
     choose,
     dtype_name,
     interpreting,
@@ -52,17 +53,23 @@ class Scaled:
 
 
 def quantize_rows(x: Tensor, *, impl: Impl = "auto") -> Scaled:
-    """Each row divided by its largest magnitude / 448, rounded to e4m3. x [..., D]."""
+    """Each row divided by its largest magnitude / 448, rounded to e4m3.
+
+    x [..., D] of any floating dtype -> values [..., D], scale [...], 1 for a row of zeros. Raises
+    UnsupportedInput for integers, where a gradient is wanted, and where the face asked for cannot
+    run.
+    """
+    check_operands("quantize_rows", x=x)
     _refuse_gradients("quantize_rows", x)
     if choose("quantize_rows", impl, _row_reasons(impl, x=x)) == "reference":
         return quantize_rows_reference(x)
     from kineticlip_kernels.fp8_triton import quantize_rows_triton
 
-    return Scaled(*quantize_rows_triton(x))
+    return quantize_rows_triton(x)
 
 
 def quantize_rows_reference(x: Tensor) -> Scaled:
-    """The specification of `quantize_rows` in plain PyTorch; a row of zeros gets the scale 1."""
+    """The specification of `quantize_rows` in plain PyTorch."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = wide.abs().amax(dim=-1) / FP8_MAX
     return _divided(wide, torch.where(scale > 0, scale, torch.ones_like(scale)))
@@ -71,17 +78,26 @@ def quantize_rows_reference(x: Tensor) -> Scaled:
 def layer_norm_fp8(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto"
 ) -> Scaled:
-    """quantize_rows(layer_norm(x)), the normed row never stored in between."""
+    """quantize_rows(layer_norm(x)), the normed row never stored in between.
+
+    x [..., D], weight and bias [D] of any floating dtypes -> values [..., D], scale [...]. Raises
+    UnsupportedInput as `layer_norm` does, and where a gradient is wanted.
+    """
+    check_parameters("layer_norm_fp8", weight, bias, x=x)
     _refuse_gradients("layer_norm_fp8", x, weight, bias)
-    check_parameters("layer_norm_fp8", x, weight, bias)
     why_not = reasons(impl, x, weight, bias) + e4m3_reasons(x)
     if choose("layer_norm_fp8", impl, why_not) == "reference":
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = layer_norm_reference(wide, weight.to(wide.dtype), bias.to(wide.dtype), eps)
-        return quantize_rows_reference(normed)
+        return layer_norm_fp8_reference(x, weight, bias, eps)
     from kineticlip_kernels.fp8_triton import layer_norm_fp8_triton
 
-    return Scaled(*layer_norm_fp8_triton(x, weight, bias, eps))
+    return layer_norm_fp8_triton(x, weight, bias, eps)
+
+
+def layer_norm_fp8_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Scaled:
+    """The specification of `layer_norm_fp8` in plain PyTorch; nothing is rounded before the end."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = layer_norm_reference(wide, weight.to(wide.dtype), bias.to(wide.dtype), eps)
+    return quantize_rows_reference(normed)
 
 
 def add_layer_norm_fp8(
@@ -93,62 +109,95 @@ def add_layer_norm_fp8(
     *,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Scaled]:
-    """(residual + update, layer_norm_fp8 of it); the sum keeps the dtype of its terms."""
+    """The residual stream after one more update, and its LayerNorm in 8 bits.
+
+    residual and update [..., D] of one dtype, weight and bias [D] -> (residual + update [..., D]
+    of that dtype, `layer_norm_fp8` of it). Raises UnsupportedInput as `layer_norm_fp8` does.
+    """
+    check_parameters("add_layer_norm_fp8", weight, bias, residual=residual, update=update)
     _refuse_gradients("add_layer_norm_fp8", residual, update, weight, bias)
-    check_parameters("add_layer_norm_fp8", residual, weight, bias, update)
     why_not = reasons(impl, residual, weight, bias) + e4m3_reasons(residual)
     if update.dtype != residual.dtype:
         why_not.append("residual and update differ in dtype")
     if choose("add_layer_norm_fp8", impl, why_not) == "reference":
-        total = residual + update
-        return total, layer_norm_fp8(total, weight, bias, eps, impl="reference")
+        return add_layer_norm_fp8_reference(residual, update, weight, bias, eps)
     from kineticlip_kernels.fp8_triton import add_layer_norm_fp8_triton
 
-    total, values, scale = add_layer_norm_fp8_triton(residual, update, weight, bias, eps)
-    return total, Scaled(values, scale)
+    return add_layer_norm_fp8_triton(residual, update, weight, bias, eps)
+
+
+def add_layer_norm_fp8_reference(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Scaled]:
+    """The specification of `add_layer_norm_fp8` in plain PyTorch."""
+    total = residual + update
+    return total, layer_norm_fp8_reference(total, weight, bias, eps)
 
 
 def bias_quick_gelu_fp8(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Scaled:
-    """quantize_rows(quick_gelu(x + bias)). x [..., F], bias [F]."""
-    _refuse_gradients("bias_quick_gelu_fp8", x, bias)
+    """quantize_rows(quick_gelu(x + bias)), the activation never stored in between.
+
+    x [..., F], bias [F] of any floating dtypes -> values [..., F], scale [...]. Raises
+    UnsupportedInput as `bias_quick_gelu` does, and where a gradient is wanted.
+    """
     check_bias("bias_quick_gelu_fp8", x, bias)
+    _refuse_gradients("bias_quick_gelu_fp8", x, bias)
     if choose("bias_quick_gelu_fp8", impl, _row_reasons(impl, x=x, bias=bias)) == "reference":
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return quantize_rows_reference(bias_quick_gelu_reference(wide, bias))
+        return bias_quick_gelu_fp8_reference(x, bias)
     from kineticlip_kernels.fp8_triton import bias_quick_gelu_fp8_triton
 
-    return Scaled(*bias_quick_gelu_fp8_triton(x, bias))
+    return bias_quick_gelu_fp8_triton(x, bias)
+
+
+def bias_quick_gelu_fp8_reference(x: Tensor, bias: Tensor) -> Scaled:
+    """The specification of `bias_quick_gelu_fp8` in plain PyTorch."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return quantize_rows_reference(bias_quick_gelu_reference(wide, bias))
 
 
 def attention_fp8(qkv: Tensor, *, sources: Sequence[Source] = (), impl: Impl = "auto") -> Scaled:
-    """`attention`, its output in 8 bits: values [M, N, H K], scale [M, N].
+    """`attention`, its output in 8 bits.
+
+    qkv [M, N, 3, H, K] and sources as `attention` takes them -> values [M, N, H K], scale [M, N].
+    Raises UnsupportedInput as `attention` does, and where a gradient is wanted.
 
     A head sees only its own columns of a row, so no program knows the row's largest magnitude.
     But every output is a mean of values with weights that sum to one: max|v| of the image and
     its sources bounds it, and one scale an image serves all its rows.
     """
-    _refuse_gradients("attention_fp8", qkv, *(t for source in sources for t in source))
     check_sources("attention_fp8", qkv, sources)
-    scale = value_scale(qkv, sources)  # [M]
+    _refuse_gradients("attention_fp8", qkv, *(t for source in sources for t in source))
     why_not = attention_reasons(impl, qkv, sources) + e4m3_reasons(qkv)
     if choose("attention_fp8", impl, why_not) == "reference":
-        out = attention_reference(qkv, sources=sources).flatten(2)  # [M, N, H K]
-        rows = scale.unsqueeze(1).expand(out.shape[:2])
-        return _divided(out.to(scale.dtype), rows)
+        return attention_fp8_reference(qkv, sources=sources)
     from kineticlip_kernels.fp8_triton import attention_fp8_triton
 
-    values = attention_fp8_triton(qkv, sources, scale).flatten(2)
-    return Scaled(values, scale.unsqueeze(1).expand(values.shape[:2]))
+    return attention_fp8_triton(qkv, sources=sources)
+
+
+def attention_fp8_reference(qkv: Tensor, *, sources: Sequence[Source] = ()) -> Scaled:
+    """The specification of `attention_fp8` in plain PyTorch."""
+    scale = value_scale(qkv, sources)  # [M]
+    out = attention_reference(qkv, sources=sources).flatten(2)  # [M, N, H K]
+    return _divided(out.to(scale.dtype), scale.unsqueeze(1).expand(out.shape[:2]))
 
 
 def value_scale(qkv: Tensor, sources: Sequence[Source] = ()) -> Tensor:
     """max|v| / 448 of each image and its sources, 1 where all values are zero. -> [M]."""
-    largest = torch.linalg.vector_norm(qkv[:, :, 2], float("inf"), dim=(1, 2, 3))
+    largest = _largest(qkv[:, :, 2])
     for _, v in sources:
-        shared = torch.linalg.vector_norm(v, float("inf"), dim=(1, 2, 3))
-        largest = torch.maximum(largest, shared.repeat_interleave(len(qkv) // len(v)))
+        shared = _largest(v).repeat_interleave(len(qkv) // len(v))
+        largest = torch.maximum(largest, shared)
     scale = largest.to(torch.promote_types(qkv.dtype, torch.float32)) / FP8_MAX
     return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _largest(v: Tensor) -> Tensor:
+    """max|v| of each row of [M', n, H, K]; 0 where a row has no tokens."""
+    if v[0:1].numel() == 0:
+        return v.new_zeros(len(v))
+    largest: Tensor = torch.linalg.vector_norm(v, float("inf"), dim=(1, 2, 3))
+    return largest
 
 
 def linear_fp8(
@@ -170,19 +219,19 @@ def linear_fp8(
     """
     _check_linear(x, weight, bias)
     why_not = _linear_reasons(impl, x)
+    known = get_args(LinearImpl)
     if impl == "triton":
-        face = choose("linear_fp8", impl, why_not, fast="triton")
+        face = choose("linear_fp8", impl, why_not, fast="triton", known=known)
     else:
         slow = "reference" if why_not or not triton_installed() else "triton"
         why_not += scaled_mm_reasons(weight, bias, dtype)
-        face = choose("linear_fp8", impl, why_not, fast="scaled_mm", slow=slow)
+        face = choose("linear_fp8", impl, why_not, fast="scaled_mm", slow=slow, known=known)
     if face == "reference":
         return linear_fp8_reference(x, weight, bias, dtype=dtype)
     if face == "triton":
         from kineticlip_kernels.fp8_triton import linear_fp8_triton
 
-        y: Tensor = linear_fp8_triton(x.values, x.scale, weight.values, weight.scale, bias, dtype)
-        return y
+        return linear_fp8_triton(x, weight, bias, dtype=dtype)
     flat = x.values.reshape(-1, x.values.shape[-1])
     out = torch._scaled_mm(
         flat,
@@ -242,6 +291,15 @@ def _linear_reasons(impl: LinearImpl, x: Scaled) -> list[str]:
 
 
 def _check_linear(x: Scaled, weight: Scaled, bias: Tensor | None) -> None:
+    operands: dict[str, Tensor | None] = {"bias": bias}
+    for name, operand in {"x": x, "weight": weight}.items():
+        if not isinstance(operand, Scaled):
+            raise UnsupportedInput(
+                f"linear_fp8: {name} is a {type(operand).__name__}, expected a Scaled, "
+                "which quantize_rows makes"
+            )
+        operands |= {f"{name}.values": operand.values, f"{name}.scale": operand.scale}
+    check_operands("linear_fp8", **operands)
     for name, operand in {"x": x, "weight": weight}.items():
         shape, scale = operand.values.shape, operand.scale.shape
         if operand.values.dtype != FP8 or scale != shape[:-1]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kineticlip_kernels import launch
 from kineticlip_kernels.attention_triton import launch_forward as launch_attention
-from kineticlip_kernels.fp8 import FP8
+from kineticlip_kernels.fp8 import FP8, Scaled, value_scale
 from kineticlip_kernels.gemm_triton import multiply, tile_of
 from kineticlip_kernels.launch import Operator, ceil_div, power_of_two
 from kineticlip_kernels.mlp_triton import gate
@@ -74,13 +74,43 @@ def _linear(
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def attention_fp8_triton(
-    qkv: Tensor, sources: Sequence[tuple[Tensor, Tensor]], scale: Tensor
+def quantize_rows_triton(x: Tensor) -> Scaled:
+    """The Triton face of `quantize_rows`."""
+    return Scaled(*_quantize_rows(x))
+
+
+def bias_quick_gelu_fp8_triton(x: Tensor, bias: Tensor) -> Scaled:
+    """The Triton face of `bias_quick_gelu_fp8`."""
+    return Scaled(*_bias_quick_gelu(x, bias))
+
+
+def layer_norm_fp8_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Scaled:
+    """The Triton face of `layer_norm_fp8`."""
+    return Scaled(*_layer_norm(x, weight, bias, eps))
+
+
+def add_layer_norm_fp8_triton(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Scaled]:
+    """The Triton face of `add_layer_norm_fp8`."""
+    total, values, scale = _add_layer_norm(residual, update, weight, bias, eps)
+    return total, Scaled(values, scale)
+
+
+def attention_fp8_triton(qkv: Tensor, *, sources: Sequence[tuple[Tensor, Tensor]] = ()) -> Scaled:
+    """The Triton face of `attention_fp8`."""
+    scale = value_scale(qkv, sources)  # [M]
+    out: Tensor = _attention(qkv, [k for k, _ in sources], [v for _, v in sources], scale)
+    values = out.flatten(2)  # [M, N, H K]
+    return Scaled(values, scale.unsqueeze(1).expand(values.shape[:2]))
+
+
+def linear_fp8_triton(
+    x: Scaled, weight: Scaled, bias: Tensor | None = None, *, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """The Triton face of `attention_fp8`: values [M, N, H, K]."""
-    keys, values = [k for k, _ in sources], [v for _, v in sources]
-    out: Tensor = _attention(qkv, keys, values, scale)
-    return out
+    """The Triton face of `linear_fp8`."""
+    y: Tensor = _linear_op(x.values, x.scale, weight.values, weight.scale, bias, dtype)
+    return y
 
 
 def _launch_rows(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -174,10 +204,10 @@ def _launch_linear(
     return y
 
 
-quantize_rows_triton = Operator("quantize_rows", _launch_quantize, fake=_fake)
-bias_quick_gelu_fp8_triton = Operator("bias_quick_gelu_fp8", _launch_bias_quick_gelu, fake=_fake)
-layer_norm_fp8_triton = Operator("layer_norm_fp8", _launch_layer_norm, fake=_fake)
-add_layer_norm_fp8_triton = Operator(
+_quantize_rows = Operator("quantize_rows", _launch_quantize, fake=_fake)
+_bias_quick_gelu = Operator("bias_quick_gelu_fp8", _launch_bias_quick_gelu, fake=_fake)
+_layer_norm = Operator("layer_norm_fp8", _launch_layer_norm, fake=_fake)
+_add_layer_norm = Operator(
     "add_layer_norm_fp8",
     _launch_add_layer_norm,
     fake=lambda residual, *rest: (residual.new_empty(residual.shape), *_fake(residual)),
@@ -187,7 +217,7 @@ _attention = Operator(
     _launch_attention,
     fake=lambda qkv, keys, values, scale: qkv[:, :, 0].new_empty(qkv[:, :, 0].shape, dtype=FP8),
 )
-linear_fp8_triton = Operator(
+_linear_op = Operator(
     "linear_fp8",
     _launch_linear,
     fake=lambda x, x_scale, weight, weight_scale, bias, dtype: x.new_empty(

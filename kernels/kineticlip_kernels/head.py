@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import Impl, UnsupportedInput, choose, triton_reasons
+from kineticlip_kernels.dispatch import (
+    Impl,
+    UnsupportedInput,
+    check_operands,
+    check_tensors,
+    choose,
+    dtype_name,
+    full_precision,
+    triton_reasons,
+)
 
 EPS = 1e-12  # of the norm: an embedding of zeros stays zeros instead of becoming NaN
 MAX_WIDTH = 8192  # E of `mean_normalize`: a row is one block
@@ -23,8 +32,10 @@ def mean_normalize(x: Tensor, *, impl: Impl = "auto") -> Tensor:
     """The mean over axis 1, scaled to length one. x [B, T, E] -> [B, E] of its dtype.
 
     Frames of a clip, or raw embeddings of a video's views (Text4Vis averages before it
-    normalises). Differentiable.
+    normalises). Differentiable. Raises UnsupportedInput for other shapes, for integers, and where
+    the face asked for cannot run.
     """
+    check_operands("mean_normalize", x=x)
     if x.ndim != 3 or x.shape[1] == 0:
         raise UnsupportedInput(f"mean_normalize: x is {tuple(x.shape)}, expected [B, T >= 1, E]")
     why_not = triton_reasons(impl, x=x)
@@ -43,22 +54,32 @@ def mean_normalize_reference(x: Tensor) -> Tensor:
 
 
 def class_cross_entropy(
-    x: Tensor, classes: Tensor, labels: Tensor, scale: Tensor, *, impl: Impl = "auto"
+    x: Tensor, classes: Tensor, labels: Tensor, scale: Tensor | float, *, impl: Impl = "auto"
 ) -> Tensor:
     """-log softmax(scale * x @ classes.T)[label] of each row, without the matrix [N, C].
 
     x [N, E] and classes [C, E] of one dtype, normalised by the caller for cosine logits; labels
-    int64 [N]; scale: fp32, one element -> fp32 [N]. Differentiable in x, classes and scale. The
-    Triton face keeps N log-sums for backward and works through the classes in chunks.
+    int64 [N]; scale: a number, or a tensor of one -> fp32 [N] (fp64 for fp64). Differentiable in
+    x, classes and scale. The Triton face keeps N log-sums for backward and works through the
+    classes in chunks. Raises UnsupportedInput for other shapes and dtypes, for tensors on several
+    devices, and where the face asked for cannot run.
 
     Labels are in [0, C), or IGNORED: loss 0. Any other makes its row's loss NaN, on every face
     and device: an error would cost a wait for the GPU. Neither kind of row has a gradient.
     """
     _check_rows("class_cross_entropy", x, classes, 2)
-    if labels.shape != x.shape[:1] or labels.dtype != torch.int64 or scale.numel() != 1:
+    if not isinstance(scale, Tensor):
+        scale = wide(x).new_full((), scale)
+    check_tensors("class_cross_entropy", x=x, labels=labels, scale=scale)
+    if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
         raise UnsupportedInput(
-            f"class_cross_entropy: labels are {labels.dtype} {tuple(labels.shape)}, the scale has "
-            f"{scale.numel()} elements; expected int64 [{len(x)}] and one"
+            f"class_cross_entropy: labels are {dtype_name(labels.dtype)} {tuple(labels.shape)}, "
+            f"expected int64 [{len(x)}]"
+        )
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise UnsupportedInput(
+            f"class_cross_entropy: scale is {dtype_name(scale.dtype)} {tuple(scale.shape)}, "
+            "expected one number"
         )
     why_not = triton_reasons(impl, x=x, classes=classes)
     if x.dtype != classes.dtype:
@@ -74,7 +95,8 @@ def class_cross_entropy_reference(
     x: Tensor, classes: Tensor, labels: Tensor, scale: Tensor
 ) -> Tensor:
     """The specification of `class_cross_entropy` in plain PyTorch."""
-    logits = scale * (wide(x) @ wide(classes).T)  # [N, C]
+    with full_precision(x):
+        logits = scale.reshape(()) * (wide(x) @ wide(classes).T)  # [N, C]
     known = (labels >= 0) & (labels < len(classes))
     loss = F.cross_entropy(
         logits, labels.where(known, IGNORED), reduction="none", ignore_index=IGNORED
@@ -91,7 +113,8 @@ def top_classes(
     normalised by the caller -> (probabilities fp32 [N, k], class numbers int64 [N, k]). The
     Triton face reads the classes twice and never holds [N, C]: at C = 100,000 that matrix is
     1.6 GB for 4096 videos. Among equal probabilities it takes the lower number; the reference,
-    torch.topk, promises none. No gradient.
+    torch.topk, promises none. No gradient. Raises UnsupportedInput for other shapes, for integers,
+    for tensors on several devices, and where the face asked for cannot run.
     """
     _check_rows("top_classes", x, classes, 2, 3)
     if not 1 <= k <= len(classes):
@@ -114,7 +137,8 @@ def top_classes_reference(
 ) -> tuple[Tensor, Tensor]:
     """The specification of `top_classes` in plain PyTorch."""
     views = x if x.ndim == 3 else x.unsqueeze(1)  # [N, V, E]
-    scores = mean_softmax_reference(scale * (wide(views) @ wide(classes).T))  # [N, C]
+    with full_precision(x):
+        scores = mean_softmax_reference(scale * (wide(views) @ wide(classes).T))  # [N, C]
     probabilities, numbers = scores.topk(k, dim=-1)
     return probabilities, numbers
 
@@ -122,10 +146,15 @@ def top_classes_reference(
 def mean_softmax(logits: Tensor, *, impl: Impl = "auto") -> Tensor:
     """The mean over views of softmax(logits). logits [N, V, C] -> fp32 [N, C].
 
-    How EVL and Vita-CLIP average views. The Triton face has no gradient.
+    How EVL and Vita-CLIP average views. Differentiable but for the Triton face, which "auto"
+    leaves out where logits need a gradient. Raises UnsupportedInput for other shapes, for
+    integers, and where the face asked for cannot run.
     """
+    check_operands("mean_softmax", logits=logits)
     if logits.ndim != 3 or logits.shape[1] == 0:
-        raise UnsupportedInput(f"mean_softmax: {tuple(logits.shape)}, expected [N, V >= 1, C]")
+        raise UnsupportedInput(
+            f"mean_softmax: logits are {tuple(logits.shape)}, expected [N, V >= 1, C]"
+        )
     why_not = triton_reasons(impl, logits=logits)
     if logits.shape[-1] > MAX_CLASSES:
         why_not.append(f"{logits.shape[-1]} classes (at most {MAX_CLASSES})")
@@ -149,10 +178,11 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _check_rows(op: str, x: Tensor, classes: Tensor, *ranks: int) -> None:
+    check_operands(op, x=x, classes=classes)
     if x.ndim not in ranks or classes.ndim != 2 or x.shape[-1] != classes.shape[-1]:
         raise UnsupportedInput(
             f"{op}: x is {tuple(x.shape)}, classes {tuple(classes.shape)}; expected "
-            f"[N, {'V, ' if 3 in ranks else ''}E] and [C, E]"
+            f"[N, E]{' or [N, V, E]' if 3 in ranks else ''} and [C, E]"
         )
     if x.ndim == 3 and x.shape[1] == 0:
         raise UnsupportedInput(f"{op}: x is {tuple(x.shape)}, without views")

@@ -20,6 +20,7 @@ from kineticlip_kernels.tuning import blocks
 # Of products in fp32: three of 19-bit floats, on tensor cores and as good. 16 bits are exact.
 PRECISION = tl.constexpr("tf32x3")
 
+TINY = 1e-30  # what a largest gradient of zero is taken for
 CHUNK = 8192  # classes per step of the backward pass: its [chunk, N] is all that is kept of [C, N]
 
 
@@ -254,12 +255,18 @@ def _class_cross_entropy_backward(
 ) -> list[Tensor]:
     """Chunk by chunk of classes: one kernel for the gradient of the logits, then two GEMMs."""
     grad_loss = grad_loss.where(_known(labels, classes), 0.0)
+    rows, labels = len(x), labels.contiguous()
+    # The gradient of the logits is stored in x's dtype: in fp16 a loss scale of 65536 times a
+    # logit scale of 100 would be infinite. So it is stored as part of the largest row's.
+    peak: Tensor | None = None
+    if x.dtype == torch.float16 and rows:
+        peak = (grad_loss.abs().amax() * scale.abs().reshape(())).clamp(min=TINY)
     x, classes = _unit(x), _unit(classes)
     grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     grad_classes = classes.new_zeros(classes.shape if flags[1] else 0)
     # The logits are linear in the scale, so d loss / d scale = (mean logit - label's) / scale.
     grad_scale = ((grad_loss * excess).sum() / scale).reshape(scale.shape)
-    rows, labels = len(x), labels.contiguous()
+    grad_rows = grad_loss if peak is None else grad_loss / peak
     block = blocks("class_logits", x.device, rows=rows, itemsize=x.itemsize)
     for first in range(0, len(classes) if rows and any(flags[:2]) else 0, CHUNK):
         chunk = classes[first : first + CHUNK]
@@ -270,7 +277,7 @@ def _class_cross_entropy_backward(
             labels,
             scale,
             log_sum,
-            grad_loss,
+            grad_rows,
             grad,
             x.stride(0),
             classes.stride(0),
@@ -284,6 +291,8 @@ def _class_cross_entropy_backward(
             grad_x += grad.T @ chunk
         if flags[1]:
             grad_classes[first : first + CHUNK] = grad @ x
+    if peak is not None:
+        grad_x, grad_classes = grad_x.mul_(peak), grad_classes.mul_(peak)
     return [grad_x.to(x.dtype), grad_classes, grad_scale]
 
 
@@ -333,9 +342,9 @@ _class_cross_entropy = FusedOp(
     _class_cross_entropy_forward,
     _class_cross_entropy_backward,
     fake_forward=lambda x, classes, labels, scale: (
-        x.new_empty(len(x), dtype=torch.float32),
-        x.new_empty(len(x), dtype=torch.float32),
-        x.new_empty(len(x), dtype=torch.float32),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape[0], dtype=torch.float32),
     ),
     fake_backward=lambda flags, x, classes, labels, scale, log_sum, excess, grad_loss: [
         x.new_empty(x.shape),
@@ -351,7 +360,7 @@ _top_classes_op = Operator(
     "top_classes",
     _top_classes,
     fake=lambda x, classes, k, scale: (
-        x.new_empty(len(x), k, dtype=torch.float32),
-        x.new_empty(len(x), k, dtype=torch.int64),
+        x.new_empty(x.shape[0], k, dtype=torch.float32),
+        x.new_empty(x.shape[0], k, dtype=torch.int64),
     ),
 )

@@ -190,5 +190,5 @@ _mean_normalize = FusedOp(
 _mean_softmax_op = Operator(
     "mean_softmax",
     _launch_mean_softmax,
-    fake=lambda logits: logits.new_empty(len(logits), logits.shape[2], dtype=torch.float32),
+    fake=lambda logits: logits.new_empty(logits.shape[0], logits.shape[2], dtype=torch.float32),
 )

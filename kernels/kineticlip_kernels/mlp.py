@@ -1,5 +1,8 @@
 """CLIP's QuickGELU, x * sigmoid(1.702 x), fused with the bias or the whole linear layer before it.
 
+The formula is clip/model.py's QuickGELU; Hendrycks and Gimpel, "Gaussian Error Linear Units"
+(2016), section 2, have it as an approximation of the GELU.
+
 Not fused: its derivative with the product that makes its gradient in the layer behind. It would
 save one write and one read of [R, F] a layer, 9.5 MB a frame of ViT-L/14-336 in 16 bits, but
 needs one autograd node over two linear layers, and ZeRO-3 gathers the parameters of one layer at
@@ -17,7 +20,9 @@ from torch import Tensor
 from kineticlip_kernels.dispatch import (
     Impl,
     UnsupportedInput,
+    check_operands,
     choose,
+    dtype_name,
     matrix_reasons,
     triton_reasons,
 )
@@ -27,7 +32,8 @@ from kineticlip_kernels.recompute import remember
 def bias_quick_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     """quick_gelu(x + bias). x [..., F], bias [F] -> [..., F] of x's dtype.
 
-    Raises UnsupportedInput for other shapes, and where the face asked for cannot run.
+    bias may have another dtype than x. Differentiable in both. Raises UnsupportedInput for other
+    shapes, for integers, for tensors on several devices, and where the face asked for cannot run.
     """
     check_bias("bias_quick_gelu", x, bias)
     if choose("bias_quick_gelu", impl, triton_reasons(impl, x=x, bias=bias)) == "reference":
@@ -45,13 +51,20 @@ def bias_quick_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
 def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     """quick_gelu(x @ weight.T + bias). x [..., D], weight [F, D], bias [F] -> [..., F].
 
-    All three have one dtype; products accumulate in fp32. Raises UnsupportedInput for other
-    shapes, and where the face asked for cannot run.
+    All three have one dtype (autocast, which picks one itself, gets the reference); products
+    accumulate in fp32. Differentiable in all three. Raises UnsupportedInput for other shapes and
+    dtypes, for tensors on several devices, and where the face asked for cannot run.
     """
+    check_operands("linear_quick_gelu", x=x, weight=weight, bias=bias)
     if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:] or bias.shape != weight.shape[:1]:
         raise UnsupportedInput(
             f"linear_quick_gelu: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
             f"{tuple(bias.shape)}; expected [..., D], [F, D] and [F]"
+        )
+    dtypes = {dtype_name(tensor.dtype): None for tensor in (x, weight, bias)}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
+        raise UnsupportedInput(
+            f"linear_quick_gelu: x, weight and bias are {', '.join(dtypes)}; expected one dtype"
         )
     why_not = matrix_reasons(impl, x=x, weight=weight, bias=bias)
     if choose("linear_quick_gelu", impl, why_not) == "reference":
@@ -69,6 +82,7 @@ def linear_quick_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tens
 def check_bias(op: str, x: Tensor, bias: Tensor) -> None:
     """Raises UnsupportedInput unless bias is [F] for x [..., F]: one of 1 would be broadcast by
     PyTorch, and read past its end by a kernel."""
+    check_operands(op, x=x, bias=bias)
     if bias.ndim != 1 or bias.shape != x.shape[-1:]:
         raise UnsupportedInput(
             f"{op}: x is {tuple(x.shape)} and bias {tuple(bias.shape)}; expected [..., F] and [F]"

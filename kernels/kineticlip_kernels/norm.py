@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import Impl, UnsupportedInput, choose, triton_reasons
+from kineticlip_kernels.dispatch import (
+    Impl,
+    UnsupportedInput,
+    check_operands,
+    choose,
+    triton_reasons,
+)
 from kineticlip_kernels.recompute import remember
 
 # A row is one block, held in registers: a block of 16384 spills in the backward, at 12288 wide
@@ -22,11 +28,12 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias. x [..., D], weight and bias [D] -> [..., D].
 
-    weight and bias may have more bits than x (fp32 parameters under bf16 activations); the result
-    has the dtype of x. Raises UnsupportedInput for other shapes, and where the face asked for
-    cannot run.
+    Ba, Kiros and Hinton, "Layer Normalization" (2016), equation 4. weight and bias may have more
+    bits than x (fp32 parameters under bf16 activations); the result has the dtype of x.
+    Differentiable in x, weight and bias. Raises UnsupportedInput for other shapes, for integers,
+    for tensors on several devices, and where the face asked for cannot run.
     """
-    check_parameters("layer_norm", x, weight, bias)
+    check_parameters("layer_norm", weight, bias, x=x)
     face = choose("layer_norm", impl, reasons(impl, x, weight, bias))
     function = layer_norm_reference if face == "reference" else _layer_norm_triton
     return remember(function(x, weight, bias, eps), function, x, weight, bias, eps)
@@ -34,8 +41,9 @@ def layer_norm(
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """The specification of `layer_norm` in plain PyTorch."""
-    # ATen's CPU kernel takes bf16 rows with fp32 or bf16 parameters in one pass, fp32 inside.
-    if x.dtype == weight.dtype or (x.device.type == "cpu" and weight.dtype == torch.float32):
+    # ATen's CPU kernel takes 16-bit rows with fp32 parameters too, in one pass, fp32 inside.
+    mixed = x.device.type == "cpu" and x.itemsize == 2 and weight.dtype == torch.float32
+    if weight.dtype == bias.dtype and (weight.dtype == x.dtype or mixed):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     y = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
@@ -54,10 +62,10 @@ def add_layer_norm(
     """The residual stream after one more update, and its LayerNorm.
 
     residual and update [..., D] of one dtype -> (residual + update, layer_norm of it), both
-    [..., D] of that dtype. The statistics are those of the sum as it is stored. Raises
-    UnsupportedInput for other shapes, and where the face asked for cannot run.
+    [..., D] of that dtype. The statistics are those of the sum as it is stored. weight and bias:
+    see `layer_norm`. Differentiable in all four. Raises UnsupportedInput as `layer_norm` does.
     """
-    check_parameters("add_layer_norm", residual, weight, bias, update)
+    check_parameters("add_layer_norm", weight, bias, residual=residual, update=update)
     why_not = reasons(impl, residual, weight, bias)
     if update.dtype != residual.dtype:
         why_not.append("residual and update differ in dtype")
@@ -84,24 +92,25 @@ def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
     return layer_norm_triton(x, weight, bias, eps)
 
 
-def check_parameters(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor, update: Tensor | None = None
-) -> None:
-    """Raises UnsupportedInput unless weight and bias are [D] for x [..., D], and update is as x.
+def check_parameters(op: str, weight: Tensor, bias: Tensor, **rows: Tensor) -> None:
+    """Raises UnsupportedInput unless weight and bias are [D], and all rows one [..., D].
 
-    The kernels take D from x: shorter parameters would be read past their end.
+    The kernels take D from the rows: shorter parameters would be read past their end.
     """
+    check_operands(op, **rows, weight=weight, bias=bias)
+    (name, x), *others = rows.items()
     width = weight.shape
     if width != x.shape[-1:] or width != bias.shape or not width:
         raise UnsupportedInput(
-            f"{op}: x is {tuple(x.shape)}, weight {tuple(width)} and bias {tuple(bias.shape)}; "
-            "expected [..., D] and two [D]"
+            f"{op}: {name} is {tuple(x.shape)}, weight {tuple(width)} and bias "
+            f"{tuple(bias.shape)}; expected [..., D] and two [D]"
         )
-    if update is not None and update.shape != x.shape:
-        raise UnsupportedInput(
-            f"{op}: residual is {tuple(x.shape)} and update {tuple(update.shape)}; "
-            "expected one shape"
-        )
+    for other, tensor in others:
+        if tensor.shape != x.shape:
+            raise UnsupportedInput(
+                f"{op}: {name} is {tuple(x.shape)} and {other} {tuple(tensor.shape)}; "
+                "expected one shape"
+            )
 
 
 def reasons(impl: str, x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:

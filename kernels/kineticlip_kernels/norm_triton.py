@@ -5,6 +5,8 @@ Shape letters: R rows (all leading axes), D width. A program holds whole rows, i
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -128,7 +130,8 @@ def add_layer_norm_triton(
 ) -> tuple[Tensor, Tensor]:
     """The Triton face of `add_layer_norm`."""
     total, y = _add_layer_norm(residual, update, weight, bias, eps)
-    return total, y
+    # Parameters alone give y a gradient, never the stream.
+    return (total if residual.requires_grad or update.requires_grad else total.detach()), y
 
 
 def launch_forward(
@@ -149,7 +152,7 @@ def launch_forward(
     total = None if extra is None else launch.empty(*x.shape, dtype=x.dtype, device=x.device)
     mean = launch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = launch.empty(rows, dtype=torch.float32, device=x.device)
-    if rows:
+    if flat.numel():
         block = blocks("layer_norm_forward", x.device, row_bytes=width * x.element_size())
         _forward[(ceil_div(rows, block["BLOCK_ROWS"]),)](
             flat,
@@ -187,8 +190,9 @@ def _launch_backward(
     extra = None if grad_total is None else launch.rows_of(grad_total)
     rows = len(flat)
     grad_x = launch.empty(*x.shape, dtype=x.dtype, device=x.device)
-    if not rows:
-        return grad_x, torch.zeros_like(weight), torch.zeros_like(weight)
+    if not flat.numel():
+        nothing = weight.new_zeros(weight.shape if parameters else 0)
+        return grad_x, nothing, nothing.clone()
     block = dict(blocks("layer_norm_backward", x.device, row_bytes=width * x.element_size()))
     programs = min(ceil_div(rows, block["BLOCK_ROWS"]), block.pop("PROGRAMS"))
     partial = None
@@ -250,12 +254,14 @@ def _add_layer_norm_backward(
 ) -> list[Tensor]:
     if grad_y is None:  # only the stream went on
         assert grad_total is not None
-        return [grad_total.clone(), torch.zeros_like(weight), torch.zeros_like(weight)]
+        stream = grad_total.clone(memory_format=torch.contiguous_format)
+        return [stream, weight.new_empty(0), weight.new_empty(0)]
     return list(_launch_backward(total, weight, mean, rstd, grad_total, grad_y, any(flags[2:])))
 
 
 def _fake_statistics(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    # math.prod, not numel, which would be a number of its own for every batch size.
+    return x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
 def _fake_gradients(x: Tensor, weight: Tensor, parameters: bool) -> list[Tensor]:
@@ -290,8 +296,8 @@ _add_layer_norm = FusedOp(
         _fake_statistics(residual),
         _fake_statistics(residual),
     ),
-    fake_backward=lambda flags, total, weight, *rest: _fake_gradients(
-        total, weight, any(flags[2:])
+    fake_backward=lambda flags, total, weight, mean, rstd, grad_total, grad_y: _fake_gradients(
+        total, weight, grad_y is not None and any(flags[2:])
     ),
     save=lambda inputs, outputs: ((outputs[0], inputs[2], *outputs[2:]), ()),
     results=2,

@@ -18,6 +18,8 @@ from kineticlip_kernels.dispatch import (
     TRITON_DTYPES,
     Impl,
     UnsupportedInput,
+    check_operands,
+    check_tensors,
     choose,
     dtype_name,
     interpreting,
@@ -46,12 +48,17 @@ def cut_crops(
 ) -> Tensor:
     """Every crop of every frame, to the byte as Pillow's `resize` and `crop` make it.
 
+    That of version 13: see `rows_first`.
+
     frames: uint8 [U, H, W, 3], any strides; width, height: of the resized frame; crops: (x, y,
     mirrored) with side S, black where they leave the frame -> uint8 [U, V, 3, S, S]. For a crop
-    that comes before the resize, pass the slice of the frames. Raises UnsupportedInput.
+    that comes before the resize, pass the slice of the frames. Pillow's Resample.c and Crop.c.
+    Raises UnsupportedInput for other shapes, dtypes and crops, and where the face asked for
+    cannot run. No gradient.
     """
     _check_frames(frames, width, height, side, resample)
-    if choose("cut_crops", impl, pixel_reasons(impl, frames)) == "reference":
+    _check_crops(crops)
+    if choose("cut_crops", impl, pixel_reasons(impl, frames=frames)) == "reference":
         return cut_crops_reference(
             frames, crops, width=width, height=height, side=side, resample=resample
         )
@@ -70,8 +77,11 @@ def cut_crops_reference(
     resample: Resample = "bicubic",
 ) -> Tensor:
     """The specification of `cut_crops` in plain PyTorch."""
-    wide = _resample_op(frames, 2, width, resample)  # [U, H, w, 3]
-    resized = _resample_op(wide, 1, height, resample).permute(0, 3, 1, 2)  # [U, 3, h, w]
+    passes = [(2, width), (1, height)]
+    resized = frames
+    for axis, length in reversed(passes) if rows_first(frames, width, height) else passes:
+        resized = _resample_op(resized, axis, length, resample)  # [U, h, w, 3] at last
+    resized = resized.permute(0, 3, 1, 2)  # [U, 3, h, w]
     views = frames.new_zeros(len(frames), len(crops), 3, side, side)  # [U, V, 3, S, S]
     for view, (x, y, mirrored) in enumerate(crops):
         inside = resized[:, :, max(y, 0) : max(y + side, 0), max(x, 0) : max(x + side, 0)]
@@ -81,6 +91,16 @@ def cut_crops_reference(
         if mirrored:
             views[:, view] = views[:, view].flip(-1)
     return views
+
+
+def rows_first(frames: Tensor, width: int, height: int) -> bool:
+    """Whether Pillow 13 resizes the rows of these frames [U, H, W, 3] before their columns.
+
+    Each pass rounds to bytes, so the order shows. It was the columns first until version 13; since
+    then it is the rows where the height loses more than twice the pixels of the width.
+    """
+    lost_height, lost_width = frames.shape[1] - height, frames.shape[2] - width
+    return lost_height > 0 and lost_height > 2 * lost_width
 
 
 def _resample(pixels: Tensor, axis: int, length: int, resample: str) -> Tensor:
@@ -153,10 +173,13 @@ def unfold_patches(
     pixels: uint8 [M, 3, height, width], any strides; dtype of the result -> [M, G, Q], patches row
     by row, columns in the order (channel, y, x) and zero past 3 * P * P. Pixels beyond the last
     whole patch are left out, as a convolution leaves them. To be multiplied by the weight that
-    `fold_patch_embedding` makes.
+    `fold_patch_embedding` makes. Raises UnsupportedInput for other shapes and dtypes, and where
+    the face asked for cannot run. No gradient.
     """
     _check_pixels(pixels, patch)
-    why_not = pixel_reasons(impl, pixels)
+    if not dtype.is_floating_point:
+        raise UnsupportedInput(f"unfold_patches: dtype is {dtype_name(dtype)}, expected a float")
+    why_not = pixel_reasons(impl, pixels=pixels)
     if dtype not in TRITON_DTYPES:
         why_not.append(f"dtype is {dtype_name(dtype)} (supported: fp32, fp16, bf16)")
     if choose("unfold_patches", impl, why_not) == "reference":
@@ -190,7 +213,18 @@ def fold_patch_embedding(
     and bias [D] of its dtype, such that patches @ weight.T + bias is the convolution of
     (byte / 255 - mean) / std. Differentiable in conv_weight. The bytes are exact in bf16, so the
     product is closer to the fp64 truth (1.7e-3) than with pixels normalised first (2.3e-3).
+    Raises UnsupportedInput for other shapes.
     """
+    check_operands("fold_patch_embedding", conv_weight=conv_weight)
+    shape = conv_weight.shape
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise UnsupportedInput(
+            f"fold_patch_embedding: conv_weight is {tuple(shape)}, expected [D, 3, P, P]"
+        )
+    if len(mean) != 3 or len(std) != 3:
+        raise UnsupportedInput(
+            f"fold_patch_embedding: {len(mean)} means and {len(std)} stds, expected three each"
+        )
     wide = conv_weight.to(torch.promote_types(conv_weight.dtype, torch.float32))
     # Channel by channel with plain numbers: a tensor of them would be a copy from the host, which
     # cannot be recorded in a CUDA graph.
@@ -204,15 +238,17 @@ def fold_patch_embedding(
     return F.pad(weight, (0, padding)).to(conv_weight.dtype), bias.to(conv_weight.dtype)
 
 
-def pixel_reasons(impl: str, pixels: Tensor) -> list[str]:
+def pixel_reasons(impl: str, **operand: Tensor) -> list[str]:
     """Why the Triton faces of this module cannot take these bytes."""
     why_not = [] if triton_installed() else ["triton is not installed"]
-    if not pixels.is_cuda and not (impl == "triton" and interpreting()):
-        why_not.append(f"pixels are on {pixels.device.type}")
+    for name, pixels in operand.items():
+        if not pixels.is_cuda and not (impl == "triton" and interpreting()):
+            why_not.append(f"{name} are on {pixels.device.type}")
     return why_not
 
 
 def _check_frames(frames: Tensor, width: int, height: int, side: int, resample: str) -> None:
+    check_tensors("cut_crops", frames=frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
         raise UnsupportedInput(
             f"cut_crops: frames are {dtype_name(frames.dtype)} {tuple(frames.shape)}, "
@@ -229,13 +265,25 @@ def _check_frames(frames: Tensor, width: int, height: int, side: int, resample: 
         )
 
 
+def _check_crops(crops: Sequence[Crop]) -> None:
+    """The kernel reads them as one list of numbers: a box of four would shift all behind it."""
+    for index, crop in enumerate(crops):
+        whole = isinstance(crop, Sequence) and all(isinstance(number, int) for number in crop)
+        if not whole or len(crop) != 3:
+            raise UnsupportedInput(
+                f"cut_crops: crop {index} is {crop!r}, expected (x, y, mirrored) in whole pixels"
+            )
+
+
 def _check_pixels(pixels: Tensor, patch: int) -> None:
+    check_tensors("unfold_patches", pixels=pixels)
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != torch.uint8:
         raise UnsupportedInput(
             f"unfold_patches: pixels are {dtype_name(pixels.dtype)} {tuple(pixels.shape)}, "
             "expected uint8 [M, 3, height, width]"
         )
-    if not 1 <= patch <= min(pixels.shape[2:]):
+    largest = min(pixels.shape[2:])
+    if not isinstance(patch, int) or not 1 <= patch <= largest:
         raise UnsupportedInput(
-            f"unfold_patches: patches of {patch} in images of {tuple(pixels.shape[2:])}"
+            f"unfold_patches: patch is {patch!r}, expected a side in pixels of 1 to {largest}"
         )

@@ -23,6 +23,7 @@ from kineticlip_kernels.patches import (
     Resample,
     patch_columns,
     resample_table,
+    rows_first,
 )
 from kineticlip_kernels.tables import kept
 from kineticlip_kernels.tuning import blocks
@@ -221,8 +222,18 @@ def cut_crops_triton(
     resample: Resample = "bicubic",
 ) -> Tensor:
     """`cut_crops` on the GPU; to the byte the same."""
-    flat = [int(number) for crop in crops for number in crop]
-    return cast("Tensor", _cut_crops_op(frames, flat, width, height, side, resample))
+    if not rows_first(frames, width, height):
+        flat = [int(number) for crop in crops for number in crop]
+        return cast("Tensor", _cut_crops_op(frames, flat, width, height, side, resample))
+    # The kernels begin with the columns: they get the frames turned over their diagonal.
+    flat = [number for x, y, _ in crops for number in (y, x, 0)]
+    turned = frames.transpose(1, 2)
+    views: Tensor = _cut_crops_op(turned, flat, height, width, side, resample)
+    views = views.mT.contiguous()
+    for view, (_, _, mirrored) in enumerate(crops):
+        if mirrored:
+            views[:, view] = views[:, view].flip(-1)
+    return views
 
 
 def _cut_crops(
@@ -233,6 +244,7 @@ def _cut_crops(
     out = launch.empty(*shape, dtype=torch.uint8, device=frames.device)
     if out.numel() == 0:
         return out
+    frames = frames if launch.near(frames) else frames.contiguous()
     source = (frames.shape[2], frames.shape[1])
     tables = _tables(
         source, (width, height), boxes, side, cast("Resample", resample), frames.device
@@ -278,7 +290,7 @@ _cut_crops_op = Operator(
     "cut_crops",
     _cut_crops,
     fake=lambda frames, crops, width, height, side, resample: frames.new_empty(
-        len(frames), len(crops) // 3, 3, side, side
+        frames.shape[0], len(crops) // 3, 3, side, side
     ),
 )
 
@@ -296,6 +308,7 @@ def _unfold_patches(pixels: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     rows, columns = shape[0] * shape[1], shape[2]
     if rows == 0:
         return out
+    pixels = pixels if launch.near(pixels) else pixels.contiguous()
     block = blocks("unfold_patches", pixels.device)
     steps = ceil_div(rows, block["BLOCK_ROWS"])
     _unfold[(steps, ceil_div(columns, block["BLOCK_COLUMNS"]))](
@@ -314,7 +327,7 @@ def _unfold_patches(pixels: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
 
 def _matrix_shape(pixels: Tensor, patch: int) -> tuple[int, int, int]:
     count = (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
-    return len(pixels), count, patch_columns(patch)
+    return pixels.shape[0], count, patch_columns(patch)
 
 
 _unfold_patches_op = Operator(

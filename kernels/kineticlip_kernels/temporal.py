@@ -11,10 +11,18 @@ queries, which the general kernels have, would be three quarters empty.
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor
 
 from kineticlip_kernels.attention import AttentionImpl, attention
-from kineticlip_kernels.dispatch import UnsupportedInput, choose, dtype_name, triton_reasons
+from kineticlip_kernels.dispatch import (
+    UnsupportedInput,
+    check_operands,
+    choose,
+    dtype_name,
+    triton_reasons,
+)
 from kineticlip_kernels.launch import power_of_two
 
 # T * K, both rounded up to powers of two, by bytes an element: beyond it registers spill, on
@@ -25,17 +33,28 @@ MAX_TILE = {2: 128 * 64, 4: 32 * 64}
 def frame_attention(qkv: Tensor, *, impl: AttentionImpl = "auto") -> Tensor:
     """softmax(q k^T / sqrt(K)) v over the frames of each clip.
 
-    qkv [B, T, 3, H, K] as one projection writes it, any strides -> [B, T, H, K]. Differentiable;
-    the Triton face is one kernel each way, keeps nothing but qkv, and writes the gradient packed
-    as the projection wants it. All shapes are static and nothing waits for the device, so a
-    CUDA graph can hold a whole header of such layers. sdpa, xformers, and what "auto" takes where
-    the kernel cannot run: see `attention`.
+    Vaswani et al., "Attention Is All You Need" (2017), equation 1. qkv [B, T, 3, H, K] as one
+    projection writes it, of any floating dtype and strides -> [B, T, H, K] of that dtype.
+    Differentiable; the Triton face is one kernel each way, keeps nothing but qkv, and writes the
+    gradient packed as the projection wants it. All shapes are static and nothing waits for the
+    device, so a CUDA graph can hold a whole header of such layers. Other faces, and what "auto"
+    takes where the kernel cannot run: see `attention`. Raises UnsupportedInput for other shapes,
+    for integers, and where the face asked for cannot run.
     """
+    check_operands("frame_attention", qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise UnsupportedInput(f"frame_attention: qkv is {tuple(qkv.shape)}: [B, T, 3, H, K]")
-    if impl in ("sdpa", "xformers"):
+        raise UnsupportedInput(
+            f"frame_attention: qkv is {tuple(qkv.shape)}, expected [B, T, 3, H, K]"
+        )
+    if impl in ("sdpa", "xformers", "chunked"):
         return attention(qkv, impl=impl)
-    face = choose("frame_attention", impl, frame_reasons(impl, qkv), slow="attention")
+    face = choose(
+        "frame_attention",
+        impl,
+        frame_reasons(impl, qkv),
+        slow="attention",
+        known=get_args(AttentionImpl),
+    )
     if face == "attention":
         return attention(qkv)
     if face == "reference":
@@ -57,8 +76,8 @@ def frame_reasons(impl: str, qkv: Tensor) -> list[str]:
     """Why the Triton face cannot take this tensor."""
     why_not = triton_reasons(impl, qkv=qkv)
     frames, width = (max(power_of_two(size), 16) for size in (qkv.shape[1], qkv.shape[4]))
-    limit = MAX_TILE.get(qkv.itemsize, 0)
-    if frames * width > limit:
+    limit = MAX_TILE.get(qkv.itemsize)
+    if limit is not None and frames * width > limit:
         why_not.append(
             f"{qkv.shape[1]} frames of {qkv.shape[4]} channels in {dtype_name(qkv.dtype)} "
             f"(at most {limit // width} frames)"

@@ -109,9 +109,9 @@ def frame_attention_triton(qkv: Tensor) -> Tensor:
     return out
 
 
-def _launch_forward(qkv: Tensor) -> tuple[Tensor]:
+def _launch_forward(qkv: Tensor) -> Tensor:
     clips, frames, _, heads, width = qkv.shape
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    qkv = _readable(qkv)
     out = launch.empty(clips, frames, heads, width, dtype=qkv.dtype, device=qkv.device)
     if out.numel():
         _forward[(clips, heads)](
@@ -123,12 +123,16 @@ def _launch_forward(qkv: Tensor) -> tuple[Tensor]:
             width**-0.5,
             **_blocks("frame_attention", qkv),
         )
-    return (out,)
+    return out
+
+
+def _readable(qkv: Tensor) -> Tensor:
+    return qkv if qkv.stride(-1) == 1 and launch.near(qkv) else qkv.contiguous()
 
 
 def _launch_backward(flags: list[bool], qkv: Tensor, grad: Tensor) -> list[Tensor]:
     clips, frames, _, heads, width = qkv.shape
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    qkv = _readable(qkv)
     grad_qkv = launch.empty(*qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if qkv.numel():
         _backward[(clips, heads)](
@@ -158,7 +162,7 @@ _frame_attention = FusedOp(
     "frame_attention",
     _launch_forward,
     _launch_backward,
-    fake_forward=lambda qkv: (qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]),),
+    fake_forward=lambda qkv: qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]),
     fake_backward=lambda flags, qkv, grad: [qkv.new_empty(qkv.shape)],
     save=lambda inputs, outputs: (inputs, ()),
     results=1,

@@ -10,7 +10,7 @@ from torch import Tensor
 from kineticlip_kernels.attention import MAX_CLASS_HEADS, MAX_CLASS_WIDTH, MAX_HEAD_WIDTH
 from kineticlip_kernels.attention_triton import attention_triton
 from kineticlip_kernels.class_attention_triton import class_attention_triton
-from kineticlip_kernels.fp8 import FP8, MAX_ROW
+from kineticlip_kernels.fp8 import FP8, MAX_ROW, Scaled
 from kineticlip_kernels.fp8_triton import (
     add_layer_norm_fp8_triton,
     attention_fp8_triton,
@@ -83,10 +83,10 @@ def eight_bits() -> None:
     quantize_rows_triton(x)
     add_layer_norm_fp8_triton(x, x, *parameters, 1e-5)
     bias_quick_gelu_fp8_triton(out, meta(4096))
-    attention_fp8_triton(meta(2, 577, 3, 16, 64), (), meta(2, dtype=FP32))
-    weight = torch.empty(4096, 1024, dtype=FP8, device="meta")
-    rows, columns = meta(2, 577, dtype=FP32), meta(4096, dtype=FP32)
-    linear_fp8_triton(x.to(FP8), rows, weight, columns, meta(4096), BF16)
+    attention_fp8_triton(meta(2, 577, 3, 16, 64))
+    eight = Scaled(x.to(FP8), meta(2, 577, dtype=FP32))
+    weight = Scaled(meta(4096, 1024).to(FP8), meta(4096, dtype=FP32))
+    linear_fp8_triton(eight, weight, meta(4096), dtype=BF16)
     layer_norm_fp8_triton(meta(2, MAX_WIDTH), meta(MAX_WIDTH), meta(MAX_WIDTH), 1e-5)
     bias_quick_gelu_fp8_triton(meta(2, MAX_ROW), meta(MAX_ROW))
 

@@ -128,8 +128,8 @@ def test_sources_must_fit() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("weight", (24, 16), r"expected \[M, N, D\], \[3 D, D\]"),
-        ("weight", (16, 8), r"expected \[M, N, D\], \[3 D, D\]"),
+        ("weight", (24, 16), r"expected \[M, N >= 1, D\], \[3 D, D\]"),
+        ("weight", (16, 8), r"expected \[M, N >= 1, D\], \[3 D, D\]"),
         ("bias", (16,), r"bias \(16,\); expected"),
         ("x", (2, 8), r"x is \(2, 8\)"),
     ],
@@ -166,3 +166,19 @@ def test_autocast_to_another_dtype_than_the_tokens() -> None:
     torch.testing.assert_close(found, exact.to(found.dtype), rtol=3e-2, atol=3e-2)
     grads = torch.autograd.grad(found.float().sum(), [inputs["x"], *inputs["sources"]])
     assert all(grad.dtype == MATRIX and grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+def test_tokens_behind_the_end_stay_out_of_gradients(dtype: torch.dtype) -> None:
+    """Absorbed scores lack q . b_k, and may lie far below zero, where a tile's padding is."""
+    inputs = operands(2, 5, 1, 16, dtype=FP32)
+    x, weight = inputs["x"].detach() * 0.1, inputs["weight"].detach() * 0.1
+    x[:, :, 0] = 10.0
+    weight[0, 0], weight[16, 0] = 1.0, -1.2  # q = 10, k = -12: scores of -30
+    leaves = {"x": x, "weight": weight, "bias": inputs["bias"].detach() * 0.1}
+    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in leaves.items()}
+    check(
+        partial(class_attention_reference, heads=1),
+        partial(class_attention, heads=1, impl="triton"),
+        **leaves,
+    )

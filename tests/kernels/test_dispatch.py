@@ -28,14 +28,16 @@ def test_auto_runs_the_fast_face_unless_there_is_a_reason() -> None:
     assert choose("op", "auto", []) == "triton"
     assert choose("op", "auto", ["x is on cpu"]) == "reference"
     assert choose("op", "reference", ["x is on cpu"]) == "reference"
-    assert choose("op", "sdpa", [], fast="sdpa") == "sdpa"
+    assert choose("op", "sdpa", [], fast="sdpa", known=("auto", "sdpa")) == "sdpa"
 
 
 def test_a_face_asked_for_by_name_says_every_reason() -> None:
     with pytest.raises(UnsupportedInput) as caught:
         choose("layer_norm", "triton", ["x is on cpu", "x is fp64"])
-    assert str(caught.value) == "layer_norm: impl='triton' cannot run: x is on cpu; x is fp64"
-    with pytest.raises(UnsupportedInput, match="unknown impl 'cuda'; known: auto, reference"):
+    assert str(caught.value) == (
+        "layer_norm: impl='triton' cannot run: x is on cpu; x is fp64; impl='auto' takes reference"
+    )
+    with pytest.raises(UnsupportedInput, match="unknown impl 'cuda'; known: auto, reference, t"):
         choose("layer_norm", "cuda", [])
 
 

@@ -261,3 +261,22 @@ def test_what_cannot_run_says_why() -> None:
         neighbour_maps(randn(1, 2, 5, 1, 8), randn(1, 2, 4, 1, 8))
     with pytest.raises(UnsupportedInput, match="tokens is fp64"):
         attend_tokens(query, tokens.double(), impl="triton")
+
+
+def test_lean_terms_in_16_bits_are_added_in_32() -> None:
+    inputs = {"query": randn(1, 2, 32, grad=False), "tokens": randn(1, 3, 5, 32, grad=False)}
+    inputs |= {name: term.detach() for name, term in terms_of(inputs["tokens"], "cp").items()}
+    narrow = {name: tensor.to(torch.bfloat16) for name, tensor in inputs.items()}
+    narrow["query"] = inputs["query"]
+    exact = {name: tensor.double() for name, tensor in narrow.items()}
+    truth = attend_tokens_reference(**exact)
+    found = attend_tokens(**narrow, impl="lean")
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_displacement_of_more_bits_than_its_weights() -> None:
+    maps, pair = maps_of(1, 2, 4).double(), [randn(9, 3, seed=seed) for seed in (0, 1)]
+    found = displacement(maps, *pair, grid=(2, 2), impl="lean")
+    expected = displacement(maps, *pair, grid=(2, 2), impl="reference")
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected)

@@ -246,7 +246,7 @@ class TestOnStandInsOfGpuTensors:
             linear_fp8(x, weight, row, dtype=dtype, impl="scaled_mm")
         assert reason in str(caught.value)
         launched = self.tensor(4, 48, dtype=dtype)
-        monkeypatch.setattr(fp8_triton, "linear_fp8_triton", lambda *arguments: launched)
+        monkeypatch.setattr(fp8_triton, "linear_fp8_triton", lambda *given, **named: launched)
         with recorded_choices() as choices:
             assert linear_fp8(x, weight, row, dtype=dtype) is launched
         assert (choices[0].face, choices[0].why_not) == ("triton", (reason,))
@@ -266,3 +266,15 @@ class TestOnStandInsOfGpuTensors:
         with recorded_choices() as choices:
             assert linear_fp8(x, weight, self.tensor(48)).shape == (rows, 48)
         assert choices[0].face == "scaled_mm" and keywords["use_fast_accum"] is False
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize(("tokens", "more"), [(3, 0), (0, 2), (0, 0)])
+def test_attention_over_no_tokens(tokens: int, more: int, impl: Any) -> None:
+    qkv, source = (frozen(*shape, dtype=BF16) for shape in ((2, tokens, 3, 1, 8), (1, more, 1, 8)))
+    out = attention_fp8(qkv, sources=[(source, source)], impl=impl)
+    assert out.values.shape == (2, tokens, 8) and out.scale.shape == (2, tokens)
+    if tokens:
+        plain = attention_reference(qkv).flatten(2).float()
+        step = plain.abs().max().item() / 8  # of e4m3: 2^-4 of a value, rounded either way
+        torch.testing.assert_close(out.dequantized(), plain, rtol=0, atol=step)

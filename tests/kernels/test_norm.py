@@ -93,7 +93,34 @@ def test_parameters_of_another_width_are_refused(width: int, impl: Any) -> None:
     for weight, bias in [wrong.values(), (right["weight"], wrong["bias"])]:
         with pytest.raises(UnsupportedInput, match=r"^layer_norm: x is \(4, 24\), weight \("):
             layer_norm(x, weight, bias, impl=impl)
-        with pytest.raises(UnsupportedInput, match=r"^add_layer_norm: x is \(4, 24\), weight \("):
+        with pytest.raises(
+            UnsupportedInput, match=r"^add_layer_norm: residual is \(4, 24\), weight \("
+        ):
             add_layer_norm(x, x, weight, bias, impl=impl)
     with pytest.raises(UnsupportedInput, match=r"residual is \(4, 24\) and update \(1, 24\)"):
         add_layer_norm(x, x[:1], **right, impl=impl)
+
+
+def test_the_stream_wants_a_gradient_only_of_its_own() -> None:
+    frozen = [randn(3, 8, seed=seed, grad=False) for seed in (0, 1)]
+    weight, bias = parameters(8, FP32).values()
+    for impl in ("reference", "triton"):
+        total, y = add_layer_norm(*frozen, weight, bias, impl=impl)
+        assert (total.requires_grad, y.requires_grad) == (False, True)
+        stream = [x.clone().requires_grad_() for x in frozen]
+        total, _ = add_layer_norm(*stream, weight, bias, impl=impl)
+        grads = torch.autograd.grad(total.sum(), [*stream, weight, bias], allow_unused=True)
+        assert [grad is None for grad in grads] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_rows_without_columns(impl: Any) -> None:
+    x, nothing = randn(3, 0), randn(0)
+    assert layer_norm(x, nothing, nothing, impl=impl).shape == (3, 0)
+
+
+def test_more_bits_than_the_parameters() -> None:
+    x = randn(4, 8, dtype=torch.float64)
+    y = layer_norm(x, *parameters(8, FP32).values())
+    expected = layer_norm(x, *(p.double() for p in parameters(8, FP32).values()))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,8 +13,12 @@ import torch
 from kernel_rig import DEVICE, MATRIX
 from kernel_rig import randn as any_randn
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.jit import KernelInterface
 
+import kineticlip_kernels
 from kineticlip_kernels import (
     attention_triton,
     class_attention_triton,
@@ -61,13 +67,13 @@ ONES = torch.ones(3, device=DEVICE)
 PARAMETERS = [WEIGHT.detach(), BIAS.detach()]
 ROW, QKV, KEY = (randn(*shape, grad=False) for shape in ((3, 24), (2, 3, 3, 1, 8), (1, 2, 1, 8)))
 INFERENCE = {
-    "quantize_rows": (fp8_triton.quantize_rows_triton, [ROW]),
-    "layer_norm_fp8": (fp8_triton.layer_norm_fp8_triton, [ROW, *PARAMETERS, 1e-5]),
-    "add_layer_norm_fp8": (fp8_triton.add_layer_norm_fp8_triton, [ROW, ROW, *PARAMETERS, 1e-5]),
-    "bias_quick_gelu_fp8": (fp8_triton.bias_quick_gelu_fp8_triton, [ROW, PARAMETERS[1]]),
+    "quantize_rows": (fp8_triton._quantize_rows, [ROW]),
+    "layer_norm_fp8": (fp8_triton._layer_norm, [ROW, *PARAMETERS, 1e-5]),
+    "add_layer_norm_fp8": (fp8_triton._add_layer_norm, [ROW, ROW, *PARAMETERS, 1e-5]),
+    "bias_quick_gelu_fp8": (fp8_triton._bias_quick_gelu, [ROW, PARAMETERS[1]]),
     "attention_fp8": (fp8_triton._attention, [QKV, [KEY], [KEY], ONES[:2]]),
     "linear_fp8": (
-        fp8_triton.linear_fp8_triton,
+        fp8_triton._linear_op,
         [EIGHT, ONES, EIGHT, ONES, None, torch.bfloat16],
     ),
 }
@@ -148,3 +154,108 @@ def assert_same(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> No
         # Sums of gradients may be rounded in another order.
         tolerance = 1e-5 if MATRIX == torch.float32 else 2e-2
         torch.testing.assert_close(other, eager, rtol=tolerance, atol=tolerance)
+
+
+FUSED = [
+    value
+    for module in pkgutil.iter_modules(kineticlip_kernels.__path__)
+    if module.name.endswith("_triton")
+    for value in vars(importlib.import_module(f"kineticlip_kernels.{module.name}")).values()
+    if isinstance(value, launch.FusedOp)
+]
+
+
+def every_term() -> tuple[Callable[..., Any], dict[str, Any]]:
+    example = EXAMPLES["attend_tokens"]
+    tokens = example.inputs["tokens"]
+    clips, frames, count, width = tokens.shape
+    terms = {"conv_weight": randn(width, 1, 3), "conv_bias": randn(width)}
+    terms |= {"position": randn(frames, width), "motion": randn(clips, frames, count - 1, width)}
+    return example.op, {**example.inputs, **terms}
+
+
+DIFFERENTIABLE = {
+    name: (example.op, example.inputs)
+    for name, example in EXAMPLES.items()
+    if name not in ("cut_crops", "unfold_patches", "top_classes", "mean_softmax")
+    and name not in INFERENCE
+} | {"attend_tokens, every term": every_term()}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_lie_as_inductor_is_promised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asserts the strides of the fake results on the real ones; aot_eager does not."""
+    seen = []
+
+    def compared(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            found = operator(*arguments)
+            with FakeTensorMode() as mode:
+                promised = operator(*tree_map_only(Tensor, mode.from_tensor, arguments))
+            for real, fake in zip(found, promised, strict=True):
+                assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+                assert real.numel() == 0 or real.stride() == fake.stride()
+            seen.append(operator)
+            return found
+
+        return run
+
+    for fused in FUSED:
+        monkeypatch.setattr(fused, "operator", compared(fused.operator))
+        monkeypatch.setattr(fused, "backward_operator", compared(fused.backward_operator))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    op, inputs = DIFFERENTIABLE[name]
+    leaves = tree_map_only(Tensor, as_leaf, dict(inputs))
+    outputs = tree_leaves(op(**leaves, impl="triton"))
+    sum(out.float().sum() for out in outputs).backward()
+    assert len(seen) == 2
+
+
+def as_leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_() if x.is_floating_point() else x
+
+
+def larger(value: Any, axis: int, rows: int) -> Any:
+    """The same with that many rows along an axis, the first repeated."""
+    return value.narrow(axis, 0, 1).repeat_interleave(rows, dim=axis)
+
+
+# Which inputs grow with the batch, and along which axis.
+BATCHED = {
+    "layer_norm": ["x"],
+    "add_layer_norm": ["residual", "update"],
+    "bias_quick_gelu": ["x"],
+    "linear_quick_gelu": ["x"],
+    "attention": ["qkv"],
+    "class_attention": ["x"],
+    "frame_attention": ["qkv"],
+    "mean_normalize": ["x"],
+    "mean_softmax": ["logits"],
+    "class_cross_entropy": ["x", "labels"],
+    "top_classes": ["x"],
+    "neighbour_maps": ["q", "k"],
+    "displacement": ["maps"],
+    "attend_tokens": ["query", "tokens"],
+    "unfold_patches": ["pixels"],
+    "cut_crops": ["frames"],
+    "quantize_rows": ["x"],
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_one_graph_serves_every_batch(name: str) -> None:
+    """Two: torch.compile makes one for the first size, and one for all others."""
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    op = torch.compile(EXAMPLES[name].op, fullgraph=True, backend=count)
+    inputs = EXAMPLES[name].inputs
+    axis = 1 if name == "displacement" else 0
+    for rows in (5, 6, 7, 9):
+        grown = {key: larger(inputs[key], axis, rows) for key in BATCHED[name]}
+        op(**{**inputs, **grown}, impl="triton")
+    assert len(graphs) <= 2

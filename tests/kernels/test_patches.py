@@ -32,6 +32,7 @@ from kineticlip_kernels.patches import (
         ((53, 37), (31, 24), 24),
         ((20, 18), (47, 41), 33),
         ((30, 24), (30, 24), 16),
+        ((24, 60), (30, 40), 24),  # the rows first
         *on_gpu(((1280, 720), (597, 336), 336)),
     ],
 )
@@ -179,7 +180,7 @@ def test_what_cannot_run_says_why() -> None:
         cut_crops(noise(1, 9, 9, 3), [], resample="nearest", **geometry)
     with pytest.raises(UnsupportedInput, match="resized to 0 x 8"):
         cut_crops(noise(1, 9, 9, 3), [], width=0, height=8, side=6)
-    with pytest.raises(UnsupportedInput, match="patches of 16"):
+    with pytest.raises(UnsupportedInput, match="patch is 16, expected a side in pixels of 1 to 9"):
         unfold_patches(noise(1, 3, 9, 9), 16)
     with pytest.raises(UnsupportedInput, match="dtype is fp64"):
         unfold_patches(noise(1, 3, 9, 9), 3, dtype=torch.float64, impl="triton")

@@ -39,6 +39,9 @@ def pillow(
         ((31, 90), (31, 24)),  # one axis as it was
         ((320, 240), (341, 256)),  # Kinetics at 340 short side, for 224-pixel crops
         ((7, 5), (1, 1)),
+        ((24, 60), (30, 40)),  # Pillow 13 begins with the rows
+        ((48, 104), (22, 48)),
+        ((30, 50), (20, 30)),  # the height loses twice as many, not more
     ],
 )
 def test_reference_is_pillow_to_the_byte(
