@@ -34,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/kineticlip bench
 
 clean:
 	rm -rf $(VENV) demo-output runs .pytest_cache .mypy_cache .ruff_cache

@@ -110,12 +110,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         torch.cuda.get_device_name() if kernel_bench.GPU else "the CPU, small shapes, no kernels"
     )
     terminalreporter.section(f"on {where}", sep="-")
-    for row in rows:
-        percent = row["percent_of_limit"]
-        terminalreporter.write_line(
-            f"{row['case']:<62} {row['impl']:<22} {row['p50_ms']:>9.4f} ms "
-            f"{row['gb_per_s']:>7.0f} GB/s {row['tflop_per_s']:>7.1f} TFLOP/s "
-            f"{'cached' if percent is None else f'{percent:.0f} %':>6}"
-        )
+    terminalreporter.write_line("median, memory traffic, arithmetic, % of the limit measured here")
+    for line in kernel_results.table(rows):
+        terminalreporter.write_line(line)
+    if terminalreporter.config.getoption("--parts") is not None:
+        return  # one of several processes; kernel_results.py says it once
     for rival, reason in kernel_bench.absent().items():
         terminalreporter.write_line(f"no rows of {rival}: {reason}")

@@ -36,13 +36,14 @@ step() {
 
 tests=("$python" -m pytest -p run_parts -p no:cacheprovider -q --parts "$parts")
 tests+=(--import-mode=importlib --continue-on-collection-errors)
-cases=("${tests[@]}" --benchmark-columns=median --benchmark-warmup=off)
+cases=("${tests[@]}" --benchmark-quiet --no-summary --benchmark-warmup=off)
 
 "$python" -c 'import torch, triton, numpy, pytest, pytest_benchmark' || exit 2
 if gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null); then
     echo "gpu.sh: on $gpu"
 elif [[ ${ON_CPU:-} ]]; then
     gpu=""
+    OUT=${OUT:-$(mktemp -d)} # bench/results is for measurements
     echo "gpu.sh: no GPU here; small shapes on the CPU, the kernels in Triton's interpreter"
 else
     echo "gpu.sh: no GPU here; ON_CPU=1 tries the script at small shapes" >&2

@@ -117,6 +117,30 @@ def gather(parts: Path, *, complete: bool = True) -> dict[str, Any]:
     )
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of at most 80 columns: a heading for every case, and under it who ran it how fast."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    return [line for case, own in cases.items() for line in (case, *map(_line, own))]
+
+
+def _line(row: dict[str, Any]) -> str:
+    percent, rate = row["percent_of_limit"], row["tflop_per_s"]
+    share = "cached" if percent is None else f"{percent:.0f} %"
+    work = f"{_three(rate)} TFLOP/s" if rate >= 1 else f"{_three(1000 * rate)} GFLOP/s"
+    return (
+        f"  {row['impl']:<22} {_three(row['p50_ms']):>8} ms {_three(row['gb_per_s']):>7} GB/s "
+        f"{work if rate else '':>16} {share:>7}"
+    )
+
+
+def _three(value: float) -> str:
+    """Three digits, or all of a larger number."""
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{min(max(digits, 0), 4)}f}"
+
+
 def result_path(folder: Path, content: dict[str, Any]) -> Path:
     """<folder>/<device>-torch<version>/<date>-<commit>.json"""
     gpus = content["machine"]["gpus"]
@@ -188,8 +212,11 @@ def main(parts: str, folder: str) -> int:
     counts = content["correctness"]
     print(
         f"{write(Path(folder), content)}: {len(content['rows'])} rows, {counts['passed']} tests "
-        f"passed, {len(counts['failed'])} failed, complete: {content['complete']}"
+        f"passed, {counts['skipped']} skipped, {len(counts['failed'])} failed, complete: "
+        f"{content['complete']}"
     )
+    for rival, reason in content["config"]["absent"].items():
+        print(f"no rows of {rival}: {reason}")
     return 0
 
 

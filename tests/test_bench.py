@@ -218,7 +218,7 @@ def test_gpu_script_refuses_a_machine_without_one() -> None:
 
 
 MINIMAL = """
-import runpy, sys
+import importlib.util, runpy, sys
 from importlib.abc import MetaPathFinder
 
 class OnlyThese(MetaPathFinder):
@@ -229,6 +229,8 @@ class OnlyThese(MetaPathFinder):
 ABSENT = ("torchvision PIL av torchcodec open_clip deepspeed safetensors pydantic yaml pyarrow "
           "jinja2 sklearn xformers ftfy regex transformers hjson huggingface_hub").split()
 sys.meta_path.insert(0, OnlyThese())
+find = importlib.util.find_spec  # says None of what is absent
+importlib.util.find_spec = lambda name, *rest: None if name in ABSENT else find(name, *rest)
 sys.argv[0] = "importable.py"
 runpy.run_path("bench/importable.py", run_name="__main__")
 """
@@ -282,7 +284,13 @@ def test_tuning_takes_the_fastest_row_that_runs() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--write", "x.json"], "--write FILE goes with --tune"), (["--tune"], "sees no GPU here")],
+    [
+        (["--write", "x.json"], "--write FILE goes with --tune"),
+        (["--tune"], "sees no GPU here"),
+        (["--aot", "--only", "norm", "--short"], "--only, --short: of the cases that are timed"),
+        (["--tune", "--allow-dirty"], "--allow-dirty: of the cases that are timed"),
+        (["--only", "nosuchcase"], "no case matches --only 'nosuchcase' here"),
+    ],
 )
 def test_command_refuses(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

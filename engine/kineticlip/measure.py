@@ -25,8 +25,9 @@ _GPU_FIELDS = ("name", "memory.total", "power.limit", "clocks.max.sm", "driver_v
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Milliseconds of repeated calls: 20th, 50th and 80th percentile, and how many calls."""
+    """Milliseconds of repeated calls: the least, percentiles 20, 50 and 80, and how many calls."""
 
+    least: float
     p20: float
     p50: float
     p80: float
@@ -61,7 +62,7 @@ def time_calls(call: Callable[[], Any], *, warmup: int = 3, repeats: int = 20) -
         spans = [1000 * (after - before) for before, after in itertools.pairwise(ticks)]
     spans.sort()
     p20, p50, p80 = (spans[min(int(share * repeats), repeats - 1)] for share in (0.2, 0.5, 0.8))
-    return Timing(p20=p20, p50=p50, p80=p80, calls=repeats)
+    return Timing(least=spans[0], p20=p20, p50=p50, p80=p80, calls=repeats)
 
 
 def machine_record() -> dict[str, Any]:

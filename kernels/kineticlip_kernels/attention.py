@@ -121,8 +121,9 @@ def class_attention(
     [3 D]: the packed q, k, v projection; sources: normed tokens [M', n, D], all of one dtype
     -> [M, H, K] of it, what row 0 of `attention` gives. The key projection moves to the query and
     the value projection behind the sum: 2 N D H products for each image instead of 4 N D^2.
-    Exact. Differentiable in all. Raises UnsupportedInput for other shapes and dtypes, for tensors
-    on several devices, and where the face asked for cannot run.
+    Exact, by associativity: see `absorbed_query`. Differentiable in all. Raises UnsupportedInput
+    for other shapes and dtypes, for tensors on several devices, and where the face asked for
+    cannot run.
     """
     _check_class_operands(x, weight, bias, heads, sources)
     why_not = class_attention_reasons(impl, x, weight, bias, sources, heads=heads)

@@ -1,7 +1,8 @@
 """Inference in 8 bits: e4m3 operands with a scale a row, written by the op that makes them.
 
 Shape letters: D width in, F width out, M images, N tokens, H heads, K head width.
-Opt-in: products of 3-bit mantissas cost accuracy. Nothing here has a gradient.
+Opt-in: products of 3-bit mantissas cost accuracy. Nothing here has a gradient. The format is that
+of Micikevicius et al., "FP8 Formats for Deep Learning" (2022), section 3.
 """
 
 from __future__ import annotations

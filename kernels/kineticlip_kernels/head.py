@@ -58,6 +58,7 @@ def class_cross_entropy(
 ) -> Tensor:
     """-log softmax(scale * x @ classes.T)[label] of each row, without the matrix [N, C].
 
+    As Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), section 4.
     x [N, E] and classes [C, E] of one dtype, normalised by the caller for cosine logits; labels
     int64 [N]; scale: a number, or a tensor of one -> fp32 [N] (fp64 for fp64). Differentiable in
     x, classes and scale. The Triton face keeps N log-sums for backward and works through the

@@ -75,18 +75,30 @@ def check(arch: int, table: str, cache: Path) -> dict[str, Any]:
     return found
 
 
+COLUMNS = {
+    "warps": "warps",
+    "stages": "stages",
+    "registers": "regs",
+    "stack": "spill",
+    "shared": "shared",
+    "wide_loads": "ld128",
+    "wide_stores": "st128",
+}
+
+
 def as_table(kernels: Sequence[dict[str, Any]]) -> str:
-    """One line a kernel, columns aligned."""
-    rows = [list(kernels[0]), *([_cell(value) for value in k.values()] for k in kernels)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    """A line a kernel under a heading for its case, in at most 110 columns. Memory in bytes."""
+    head = "".join(f"{title:>{len(title) + 2}}" for title in COLUMNS.values())
+    lines, case = [f"  {'kernel':<36}{head}  products"], ""
+    for kernel in kernels:
+        if kernel["case"] != case:
+            case = kernel["case"]
+            lines.append(case)
+        numbers = "".join(f"{kernel[key]:>{len(title) + 2}}" for key, title in COLUMNS.items())
+        products = " ".join(f"{name} x{count}" for name, count in kernel["matrix"].items())
+        name = kernel["kernel"].replace("_triton.", ".")
+        lines.append(f"  {name:<36}{numbers}  {products}".rstrip())
     return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{name} x{count}" for name, count in value.items()) or "-"
-    return str(value)
 
 
 def main() -> int:
@@ -96,6 +108,7 @@ def main() -> int:
     documents, failed = [], False
     with tempfile.TemporaryDirectory() as scratch:
         for arch, table in TARGETS:
+            print(f"compiling for sm_{arch}, table {table} ...", file=sys.stderr, flush=True)
             kernels = compile_all(arch, table, Path(scratch))["kernels"]
             problems = [problem for kernel in kernels for problem in complaints(kernel, arch)]
             failed = failed or bool(problems)

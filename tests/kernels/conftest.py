@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +16,13 @@ if not torch.cuda.is_available():
     import interpreter_shim
 
     interpreter_shim.install()
+
+
+@pytest.fixture
+def compiled(pytestconfig: pytest.Config, tmp_path: Path) -> Path:
+    """Where Triton keeps what it compiled: pytest's cache, where that is on."""
+    cache = getattr(pytestconfig, "cache", None)
+    return tmp_path if cache is None else cache.mkdir("triton")
 
 
 @pytest.fixture(autouse=True)

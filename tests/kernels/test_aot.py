@@ -7,10 +7,12 @@ does. test_aot_hopper.py does the same for sm_90; two files, because they share 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from aot_checks import TARGETS, check
 
 
 @pytest.mark.parametrize(("arch", "table"), [target for target in TARGETS if target[0] != 90])
-def test_kernels_compile_well(arch: int, table: str, pytestconfig: pytest.Config) -> None:
-    assert check(arch, table, pytestconfig.cache.mkdir("triton"))["kernels"]
+def test_kernels_compile_well(arch: int, table: str, compiled: Path) -> None:
+    assert check(arch, table, compiled)["kernels"]

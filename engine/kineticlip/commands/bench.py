@@ -18,6 +18,7 @@ from typing import Any
 
 from kineticlip.errors import UserError
 
+NO_TESTS = 5  # pytest's exit status where it collected none
 CAPTURED = 10  # calls in the graph that --tune replays
 
 
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write", type=Path, metavar="FILE", help="with --tune: the table to write, configs/*.json"
     )
     parser.add_argument(
-        "--aot", action="store_true", help="compile every kernel for sm_80, 90 and 100 instead"
+        "--aot",
+        action="store_true",
+        help="compile every kernel for sm_80, 90 and 100 instead; minutes, no GPU",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -43,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--write FILE goes with --tune")
     if args.tune and args.aot:
         raise UserError("--tune and --aot exclude each other")
+    timing = {"--only": args.only, "--short": args.short, "--results": args.results}
+    timing["--allow-dirty"] = args.allow_dirty
+    unused = ", ".join(option for option, value in timing.items() if value)
+    if unused and (args.tune or args.aot):
+        mode = "--tune" if args.tune else "--aot"
+        raise UserError(f"{unused}: of the cases that are timed; leave out, or leave out {mode}")
     if args.aot:
         return _compile(args)
     return _tune(args) if args.tune else _bench(args)
@@ -67,7 +76,7 @@ def _bench(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         results = args.results or (Path(scratch) if args.json else None)
         command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only"]
-        command += ["--benchmark-columns=median", f"--rootdir={folder.parent}"]
+        command += ["--benchmark-quiet", "-q", "--no-summary", f"--rootdir={folder.parent}"]
         command += ["-k", args.only] if args.only else []
         command += ["-m", "short"] if args.short else []
         command += [f"--results={results.resolve()}"] if results else []
@@ -77,10 +86,12 @@ def _bench(args: argparse.Namespace) -> int:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         output = sys.stderr if args.json else None
         done = subprocess.run(command, stdout=output, env=inherited, check=False)
+        if done.returncode == NO_TESTS:
+            raise UserError(f"no case matches --only {args.only!r} here")
         if results is not None and args.json:
             written = max(results.glob("*/*.json"), key=lambda p: p.stat().st_mtime, default=None)
             if written is None:
-                raise UserError("no benchmark ran; --only may match none")
+                raise UserError("no case was measured, so there is no document")
             sys.stdout.write(written.read_text())
     return 0 if done.returncode == 0 else 1
 
