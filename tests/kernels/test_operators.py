@@ -182,6 +182,17 @@ DIFFERENTIABLE = {
 } | {"attend_tokens, every term": every_term()}
 
 
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched and do nothing: what they fill stays NaN."""
+
+    def instead_of_a_kernel(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", instead_of_a_kernel)
+
+
+@pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_lie_as_inductor_is_promised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It asserts the strides of the fake results on the real ones; aot_eager does not."""
@@ -242,6 +253,7 @@ BATCHED = {
 }
 
 
+@pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("name", BATCHED)
 def test_one_graph_serves_every_batch(name: str) -> None:
     """Two: torch.compile makes one for the first size, and one for all others."""
