@@ -161,9 +161,10 @@ def _backward_queries(
             k = load_tile(k_ptr, start, length, key_token, K, BLOCK_K, BLOCK_N)
             v = load_tile(v_ptr, start, length, value_token, K, BLOCK_K, BLOCK_N)
             scores = tl.dot(q, k.T, input_precision="ieee") * scale
-            # No real weight is above one. Keys behind the end score zero, far above real scores
-            # at times: their weight would be infinite in 16 bits, and NaN times the zero key.
-            weights = tl.exp2(tl.minimum(scores - lse[:, None], 0.0))
+            # Keys behind the end score zero, at times far above real scores: their weight, in 16
+            # bits infinite, would make NaN of their zeros. Masking scores spills on sm_100.
+            known = (start + tl.arange(0, BLOCK_N) < length)[None, :]
+            weights = tl.where(known, tl.exp2(scores - lse[:, None]), 0.0)
             grad_weights = tl.dot(grad, v.T, input_precision="ieee")
             grad_scores = weights * (grad_weights - delta[:, None])
             grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision="ieee")

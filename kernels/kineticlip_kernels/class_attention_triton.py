@@ -102,8 +102,9 @@ def _backward(
         for start in range(0, length, BLOCK_N):
             y = load_tile(base, start, length, token_stride, D, BLOCK_D, BLOCK_N)
             scores = tl.dot(y, query.T, input_precision="ieee") * LOG2  # [n, H]
-            # At most one: see attention_backward_triton.py for tokens behind the end.
-            weights = tl.exp2(tl.minimum(scores - lse[None, :], 0.0))
+            # Tokens behind the end: see attention_backward_triton.py.
+            known = (start + tl.arange(0, BLOCK_N) < length)[:, None]
+            weights = tl.where(known, tl.exp2(scores - lse[None, :]), 0.0)
             grad_weights = tl.dot(y, grad.T, input_precision="ieee")
             grad_scores = weights * (grad_weights - delta[None, :])
             store_tile(pairs_ptr, grad_scores, start, length, 2 * H, H, BLOCK_H, BLOCK_N)

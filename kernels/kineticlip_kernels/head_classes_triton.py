@@ -20,7 +20,7 @@ from kineticlip_kernels.tuning import blocks
 # Of products in fp32: three of 19-bit floats, on tensor cores and as good. 16 bits are exact.
 PRECISION = tl.constexpr("tf32x3")
 
-TINY = 1e-30  # what a largest gradient of zero is taken for
+LARGE = 1 << 15  # half of the largest fp16 number: rows that may add up, each at most one
 CHUNK = 8192  # classes per step of the backward pass: its [chunk, N] is all that is kept of [C, N]
 
 
@@ -256,11 +256,13 @@ def _class_cross_entropy_backward(
     """Chunk by chunk of classes: one kernel for the gradient of the logits, then two GEMMs."""
     grad_loss = grad_loss.where(_known(labels, classes), 0.0)
     rows, labels = len(x), labels.contiguous()
-    # The gradient of the logits is stored in x's dtype: in fp16 a loss scale of 65536 times a
-    # logit scale of 100 would be infinite. So it is stored as part of the largest row's.
+    # The gradient of the logits is stored in x's dtype, and its sums over rows are: in fp16 a loss
+    # scale of 65536 times a logit scale of 100 would be infinite. So large ones are divided by the
+    # largest row's, but for rows that are infinite themselves.
     peak: Tensor | None = None
     if x.dtype == torch.float16 and rows:
-        peak = (grad_loss.abs().amax() * scale.abs().reshape(())).clamp(min=TINY)
+        largest = grad_loss.abs().nan_to_num(0.0, posinf=0.0).amax() * scale.abs().reshape(())
+        peak = (largest * max(rows / LARGE, 1.0)).clamp(min=1.0)
     x, classes = _unit(x), _unit(classes)
     grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     grad_classes = classes.new_zeros(classes.shape if flags[1] else 0)

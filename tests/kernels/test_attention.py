@@ -192,7 +192,9 @@ def test_choice_of_the_face_on_a_cpu() -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of rows that are never stored
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
-@pytest.mark.parametrize(("depth", "upper"), [(20.0, 1.0), (100.0, 1.0), (8.0, 256.0)])
+@pytest.mark.parametrize(
+    ("depth", "upper"), [(20.0, 1.0), (100.0, 1.0), (8.0, 256.0), (20.0, 16384.0)]
+)
 def test_keys_behind_the_end_stay_out_of_gradients(
     depth: float, upper: float, dtype: torch.dtype
 ) -> None:
@@ -206,3 +208,13 @@ def test_keys_behind_the_end_stay_out_of_gradients(
         (grads[impl],) = torch.autograd.grad(attention(x, impl=impl).sum() * upper, x)
     assert grads["triton"].isfinite().all()
     torch.testing.assert_close(grads["triton"], grads["reference"], rtol=0.02, atol=0.02 * upper)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what is asked for
+def test_gradients_of_what_is_not_a_number_are_not_either() -> None:
+    qkv = randn(1, 5, 3, 1, 16, grad=False)
+    qkv[0, 2, 0, 0, 3] = float("nan")
+    for impl in ("reference", "triton"):
+        x = qkv.to(MATRIX).requires_grad_()
+        (grad,) = torch.autograd.grad(attention(x, impl=impl).sum(), x)
+        assert grad[:, 2, 0].isnan().all() and grad[:, :, 1].isnan().all()
