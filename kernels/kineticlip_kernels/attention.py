@@ -7,6 +7,7 @@ a source has M' rows of n tokens, and row m of the batch reads source row m // (
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -69,7 +70,7 @@ def attention_reference(qkv: Tensor, *, sources: Sequence[Source] = ()) -> Tenso
     q = q * q.shape[-1] ** -0.5
     keys, values = zip((k, v), *sources, strict=True)
     scores = torch.cat([_scores(q, key) for key in keys], dim=-1)  # [M, H, N, N + sum n]
-    weights = scores.softmax(dim=-1).split([key.shape[1] for key in keys], dim=-1)
+    weights = _parts(scores.softmax(dim=-1), [key.shape[1] for key in keys])
     parts = [_mix(part, value) for part, value in zip(weights, values, strict=True)]
     return sum(parts[1:], parts[0])  # [M, N, H, K]
 
@@ -141,7 +142,7 @@ def class_attention_reference(
     query = absorbed_query(x, weight, bias, heads)  # [M, H, D]
     tokens = [_shared_rows(source, len(x)) for source in (x, *sources)]  # [M, n, D]
     scores = torch.cat([query @ rows.transpose(1, 2) for rows in tokens], dim=-1)  # [M, H, S]
-    weights = scores.softmax(dim=-1).split([rows.shape[1] for rows in tokens], dim=-1)
+    weights = _parts(scores.softmax(dim=-1), [rows.shape[1] for rows in tokens])
     parts = [part @ rows for part, rows in zip(weights, tokens, strict=True)]
     return project_values(sum(parts[1:], parts[0]), weight, bias, heads)
 
@@ -177,6 +178,8 @@ def choose_attention(qkv: Tensor, sources: Sequence[Source], impl: AttentionImpl
         why_not = xformers_reasons(qkv)
     elif impl == "chunked" and _recorded(qkv, sources):
         why_not = ["gradients are wanted, and it keeps nothing for them"]
+    elif impl == "chunked" and torch.is_autocast_enabled(qkv.device.type):
+        why_not = ["autocast would change its products' dtype"]
     known = get_args(AttentionImpl)
     return choose("attention", impl, why_not, fast=impl, slow="sdpa", known=known)
 
@@ -190,7 +193,7 @@ def _recorded(qkv: Tensor, sources: Sequence[Source]) -> bool:
 def _fastest(qkv: Tensor, sources: Sequence[Source]) -> str:
     if qkv.device.type == "cpu":
         plain = qkv.dtype != torch.bfloat16 or _recorded(qkv, sources)
-        face = "sdpa" if plain else "chunked"
+        face = "sdpa" if plain or torch.is_autocast_enabled("cpu") else "chunked"
         return record_choice("attention", face, [f"qkv is on {qkv.device.type}"])
     # SDPA is cuDNN's kernel on sm_90, but has to be handed all keys and values in one tensor:
     # copying them moves as many bytes as the attention itself. The kernel here takes them apart.
@@ -238,14 +241,15 @@ def xformers_reasons(qkv: Tensor) -> list[str]:
 
 def check_sources(op: str, qkv: Tensor, sources: Sequence[Source]) -> None:
     """Raises UnsupportedInput unless the operands are what `attention` says, of one dtype."""
-    check_operands(op, qkv=qkv)
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise UnsupportedInput(f"{op}: qkv is {tuple(qkv.shape)}, expected [M, N, 3, H, K]")
+    operands: dict[str, Tensor] = {"qkv": qkv}
     for index, source in enumerate(sources):
         if isinstance(source, Tensor) or len(source) != 2:
             raise UnsupportedInput(f"{op}: source {index} is no pair (k, v) of tensors")
-        k, v = source
-        check_operands(op, **{"qkv": qkv, f"k of source {index}": k, f"v of source {index}": v})
+        operands[f"k of source {index}"], operands[f"v of source {index}"] = source
+    check_operands(op, **operands)
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise UnsupportedInput(f"{op}: qkv is {tuple(qkv.shape)}, expected [M, N, 3, H, K]")
+    for index, (k, v) in enumerate(sources):
         same = k.shape == v.shape and k.dtype == v.dtype
         if not same or k.ndim != 4 or k.shape[2:] != qkv.shape[3:] or k.dtype != qkv.dtype:
             raise UnsupportedInput(
@@ -292,6 +296,13 @@ def _scores(q: Tensor, key: Tensor) -> Tensor:
     rows = len(key)
     grouped = q.unflatten(0, (rows, len(q) // max(rows, 1)))  # [M', M / M', N, H, K]
     return torch.einsum("grnhk,gshk->grhns", grouped, key).flatten(0, 1)
+
+
+def _parts(weights: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """weights.split(sizes, dim=-1), whose backward behind a softmax Inductor gets wrong on a CPU
+    (PyTorch 2.11): gradients off by more than their size."""
+    ends = list(itertools.accumulate(sizes))
+    return [weights[..., end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _mix(weights: Tensor, value: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ def attention_backward(
         for index, tensor in enumerate((k0, v0, k1, v1, k2, v2, k3, v3), start=1):
             pair = (index - 1) // 2 * 2 + 1  # keys and values get theirs together
             if tensor is not None and any(flags[pair : pair + 2]):
-                found[index] = torch.zeros_like(tensor)
+                found[index] = tensor.new_zeros(tensor.shape)
         return found
     delta = _launch_delta(out, grad)
     if flags[0]:

@@ -102,6 +102,19 @@ def check_tensors(op: str, /, **operands: Any) -> None:
 
 def check_operands(op: str, /, **operands: Any) -> None:
     """`check_tensors`, and that their elements are floating-point numbers."""
+    device = None
+    for (
+        operand
+    ) in operands.values():  # every call of every op passes here: first whether all is well
+        if operand is None:
+            continue
+        if not isinstance(operand, Tensor) or not operand.is_floating_point():
+            break
+        if device is not None and operand.device != device:
+            break
+        device = operand.device
+    else:
+        return
     check_tensors(op, **operands)
     for name, operand in operands.items():
         if operand is not None and not operand.is_floating_point():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kineticlip_kernels.dispatch import full_precision
 from kineticlip_kernels.evl import wide
 
 
@@ -31,7 +32,7 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(ctx: Any, first: Tensor, *rest: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+        with full_precision(first):
             return method(ctx, first, *rest)
 
     return run
@@ -48,6 +49,8 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def neighbour_maps_lean(q: Tensor, k: Tensor) -> Tensor:
     """The lean face of `neighbour_maps`: one pair of frames at a time."""
+    for _ in range(q.shape[0]):
+        pass  # torch.compile takes the number of clips for a constant now: it unrolls the Function
     return _apply(_NeighbourMaps, q, k)
 
 

@@ -70,7 +70,7 @@ def class_cross_entropy(
     """
     _check_rows("class_cross_entropy", x, classes, 2)
     if not isinstance(scale, Tensor):
-        scale = wide(x).new_full((), scale)
+        scale = x.new_full((), scale, dtype=torch.promote_types(x.dtype, torch.float32))
     check_tensors("class_cross_entropy", x=x, labels=labels, scale=scale)
     if labels.shape != x.shape[:1] or labels.dtype != torch.int64:
         raise UnsupportedInput(

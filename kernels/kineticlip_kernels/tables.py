@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,7 +28,9 @@ def kept(maxsize: int) -> Callable[[F], F]:
 
         @functools.wraps(make)
         def look_up(*sizes: Hashable) -> Any:
-            return make(*sizes) if torch.compiler.is_compiling() else made(*sizes)
+            # Nor is a table kept that a FakeTensorMode or the like would make.
+            passing = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+            return make(*sizes) if passing else made(*sizes)
 
         return cast("F", look_up)
 

@@ -76,3 +76,30 @@ def test_compiled_gradients_of_every_term_of_attend_tokens() -> None:
         "motion": randn(clips, frames, count - 1, width, seed=5),
     }
     assert_compiled_gradients(EXAMPLES["attend_tokens"].op, terms, "lean")
+
+
+@pytest.mark.parametrize("name", ["attention with sources", "class_attention"])
+def test_softmax_is_not_split(name: str) -> None:
+    """Inductor (PyTorch 2.11, CPU) makes wrong gradients of softmax(cat).split(sizes)."""
+    code = []
+
+    def read(graph: Any, inputs: Any) -> Any:
+        code.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    inputs = dict(EXAMPLES[name].inputs)
+    if name == "class_attention":
+        inputs["sources"] = [inputs["x"]]
+    torch.compile(EXAMPLES[name].op, fullgraph=True, backend=read)(**inputs, impl="reference")
+    assert "softmax" in code[0] and "split" not in code[0]
+
+
+def test_lean_maps_of_several_batches() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(EXAMPLES["neighbour_maps"].op, fullgraph=True, backend="aot_eager")
+    for clips in (2, 3):
+        q, k = (randn(clips, 2, 5, 2, 8, seed=seed) for seed in (0, 1))
+        found = torch.autograd.grad(compiled(q, k, impl="lean").square().sum(), (q, k))
+        plain = EXAMPLES["neighbour_maps"].op(q, k, impl="lean").square().sum()
+        torch.testing.assert_close(found, torch.autograd.grad(plain, (q, k)))

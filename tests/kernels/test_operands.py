@@ -155,6 +155,8 @@ def test_an_unknown_face_is_told_every_known_one(name: str) -> None:
 def test_chunked_attention_refuses_to_lose_gradients() -> None:
     with pytest.raises(UnsupportedInput, match="gradients are wanted, and it keeps nothing"):
         attention(QKV, impl="chunked")
+    with torch.autocast(DEVICE, dtype=BF16), pytest.raises(UnsupportedInput, match="autocast"):
+        attention(QKV.detach(), impl="chunked")
     plain = attention(QKV.detach(), impl="chunked")
     torch.testing.assert_close(plain, attention(QKV.detach(), impl="reference"))
 
@@ -239,20 +241,25 @@ def test_offsets_that_kernels_cannot_count(
 
 
 FAR = {
-    "unfold_patches": "pixels",
-    "cut_crops": "frames",
-    "frame_attention": "qkv",
-    "class_attention": "x",
+    "unfold_patches": ["pixels"],
+    "cut_crops": ["frames"],
+    "frame_attention": ["qkv"],
+    "class_attention": ["x"],
+    "mean_normalize": ["x"],
+    "mean_softmax": ["logits"],
+    "neighbour_maps": ["q", "k"],
+    "attend_tokens": ["tokens"],
 }
 
 
 @pytest.mark.parametrize("name", FAR)
 def test_far_elements_are_brought_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Axis 1 outermost in memory, as of planes; the limit lowered instead of the memory raised."""
-    example, argument = examples(torch.device(DEVICE), MATRIX)[name], FAR[name]
+    example = examples(torch.device(DEVICE), MATRIX)[name]
     inputs = dict(example.inputs)
     expected = example.op(**inputs, impl="triton")
-    inputs[argument] = inputs[argument].transpose(0, 1).contiguous().transpose(0, 1)
+    for argument in FAR[name]:
+        inputs[argument] = inputs[argument].transpose(0, 1).contiguous().transpose(0, 1)
     copied = []
     monkeypatch.setattr(launch, "NEAR", 1)
     contiguous = Tensor.contiguous
@@ -260,5 +267,5 @@ def test_far_elements_are_brought_near(name: str, monkeypatch: pytest.MonkeyPatc
         Tensor, "contiguous", lambda x, **options: copied.append(x.shape) or contiguous(x)
     )
     found = example.op(**inputs, impl="triton")
-    assert inputs[argument].shape in copied
+    assert all(inputs[argument].shape in copied for argument in FAR[name])
     assert torch.equal(found, expected)

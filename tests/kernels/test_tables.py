@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from kernel_rig import DEVICE, randn
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from kineticlip_kernels import patches_triton
 from kineticlip_kernels.evl import displacement, offsets
@@ -37,3 +38,10 @@ def test_tables_are_made_once_as_ordinary_tensors() -> None:
     assert not any(table.is_inference() for table in made)
     assert offsets((2, 9), HERE) is made[0]
     assert patches_triton._tables((61, 61), (19, 19), crops, 9, "bicubic", HERE)[4] is made[3]
+
+
+def test_a_table_first_used_on_fake_tensors_is_not_kept() -> None:
+    with FakeTensorMode():
+        offsets((2, 11), HERE)
+    assert offsets((2, 11), HERE).sum() == offsets((2, 11), HERE).cpu().clone().sum()
+    assert type(offsets((2, 11), HERE)) is Tensor
