@@ -36,7 +36,7 @@ step() {
 
 tests=("$python" -m pytest -p run_parts -p no:cacheprovider -q --parts "$parts")
 tests+=(--import-mode=importlib --continue-on-collection-errors)
-cases=("${tests[@]}" --benchmark-quiet --no-summary --benchmark-warmup=off)
+cases=("${tests[@]}" --benchmark-quiet --benchmark-warmup=off)
 
 "$python" -c 'import torch, triton, numpy, pytest, pytest_benchmark' || exit 2
 if gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null); then

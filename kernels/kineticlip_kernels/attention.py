@@ -25,6 +25,7 @@ from kineticlip_kernels.dispatch import (
 )
 
 AttentionImpl = Literal["auto", "reference", "sdpa", "chunked", "xformers", "triton"]
+FACES = get_args(AttentionImpl)
 Source = tuple[Tensor, Tensor]  # keys and values, each [M', n, H, K]
 MAX_SOURCES = 4  # of the Triton face: a custom operator has a fixed number of arguments
 MAX_HEAD_WIDTH = 128  # of the Triton face
@@ -180,8 +181,7 @@ def choose_attention(qkv: Tensor, sources: Sequence[Source], impl: AttentionImpl
         why_not = ["gradients are wanted, and it keeps nothing for them"]
     elif impl == "chunked" and torch.is_autocast_enabled(qkv.device.type):
         why_not = ["autocast would change its products' dtype"]
-    known = get_args(AttentionImpl)
-    return choose("attention", impl, why_not, fast=impl, slow="sdpa", known=known)
+    return choose("attention", impl, why_not, fast=impl, slow="sdpa", known=FACES)
 
 
 def _recorded(qkv: Tensor, sources: Sequence[Source]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kineticlip_kernels import launch
 from kineticlip_kernels.attention import MAX_SOURCES, absorbed_query, project_values
 from kineticlip_kernels.attention_sets_triton import LOG2_E, load_tile, store_tile
-from kineticlip_kernels.launch import FusedOp, near, power_of_two
+from kineticlip_kernels.launch import FusedOp, power_of_two, readable
 from kineticlip_kernels.tuning import blocks
 
 LOG2 = tl.constexpr(LOG2_E)
@@ -126,8 +126,7 @@ def class_attention_triton(
 
 def _sets(tokens: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The sets there are, columns adjacent."""
-    present = [t for t in tokens if t is not None]
-    return tuple(t if t.stride(-1) == 1 and near(t) else t.contiguous() for t in present)
+    return tuple(readable(t) for t in tokens if t is not None)
 
 
 def _set_arguments(images: int, sets: tuple[Tensor, ...]) -> tuple[tuple[object, ...], ...]:

@@ -103,9 +103,8 @@ def check_tensors(op: str, /, **operands: Any) -> None:
 def check_operands(op: str, /, **operands: Any) -> None:
     """`check_tensors`, and that their elements are floating-point numbers."""
     device = None
-    for (
-        operand
-    ) in operands.values():  # every call of every op passes here: first whether all is well
+    # Every call of every op passes here, and nearly always all is well.
+    for operand in operands.values():
         if operand is None:
             continue
         if not isinstance(operand, Tensor) or not operand.is_floating_point():

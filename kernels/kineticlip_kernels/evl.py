@@ -28,6 +28,7 @@ from kineticlip_kernels.dispatch import (
 from kineticlip_kernels.tables import kept
 
 EvlImpl = Literal["auto", "reference", "lean", "triton"]
+FACES = get_args(EvlImpl)
 
 MAX_WIDTH = 2048  # C of `attend_tokens`: a tile of tokens is whole rows in registers
 MAX_HEADS = 16  # Q; with 32, kernels of 1024 columns spill registers
@@ -184,33 +185,21 @@ def attend_tokens_reference(
     eps: float = 1e-5,
 ) -> Tensor:
     """The specification of `attend_tokens` in plain PyTorch."""
+    f = wide(tokens)  # [B, T, N, C]
     with full_precision(tokens):
-        z = _normalised(tokens, conv_weight, conv_bias, position, motion, eps)
+        if conv_weight is not None and conv_bias is not None:
+            clips, _, count, width = f.shape
+            series = f.permute(0, 2, 3, 1).flatten(0, 1)  # [B * N, C, T]
+            weight, bias = conv_weight.to(f.dtype), conv_bias.to(f.dtype)
+            series = F.conv1d(series, weight, bias, padding=1, groups=width)
+            f = f + series.unflatten(0, (clips, count)).permute(0, 3, 1, 2)
+        if position is not None:
+            f = f + position.to(f.dtype)[:, None]
+        if motion is not None:
+            f = f + F.pad(motion.to(f.dtype), (0, 0, 1, 0))
+        z = F.layer_norm(f, f.shape[-1:], eps=eps).flatten(1, 2)  # [B, T * N, C]
         weights = (query.to(z.dtype) @ z.transpose(1, 2)).softmax(dim=-1)  # [B, Q, T * N]
         return (weights @ z).to(query.dtype)
-
-
-def _normalised(
-    tokens: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    position: Tensor | None,
-    motion: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """z of `attend_tokens`, [B, T * N, C]."""
-    f = wide(tokens)  # [B, T, N, C]
-    if conv_weight is not None and conv_bias is not None:
-        clips, _, count, width = f.shape
-        series = f.permute(0, 2, 3, 1).flatten(0, 1)  # [B * N, C, T]
-        weight, bias = conv_weight.to(f.dtype), conv_bias.to(f.dtype)
-        series = F.conv1d(series, weight, bias, padding=1, groups=width)
-        f = f + series.unflatten(0, (clips, count)).permute(0, 3, 1, 2)
-    if position is not None:
-        f = f + position.to(f.dtype)[:, None]
-    if motion is not None:
-        f = f + F.pad(motion.to(f.dtype), (0, 0, 1, 0))
-    return F.layer_norm(f, f.shape[-1:], eps=eps).flatten(1, 2)
 
 
 def absorb_query(q: Tensor, norm_weight: Tensor, key_weight: Tensor, *, heads: int) -> Tensor:
@@ -241,7 +230,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _choose(op: str, impl: EvlImpl, why_not: Sequence[str]) -> str:
-    return choose(op, impl, why_not, slow="lean", known=get_args(EvlImpl))
+    return choose(op, impl, why_not, slow="lean", known=FACES)
 
 
 def _check_displacement(

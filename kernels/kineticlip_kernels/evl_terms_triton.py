@@ -160,6 +160,7 @@ def launch_scores(terms: Terms, query: Tensor, eps: float) -> tuple[Tensor, Tens
 
 def term_arguments(tokens: Tensor, *others: Tensor | None) -> Terms:
     """The addends of f as the kernels read them; tokens keep gaps between rows."""
-    readable = tokens.stride(-1) == 1 and launch.near(tokens)
-    tokens = tokens if readable else tokens.contiguous()
-    return (tokens, *(None if term is None else term.contiguous() for term in others))
+    return (
+        launch.readable(tokens),
+        *(None if term is None else term.contiguous() for term in others),
+    )

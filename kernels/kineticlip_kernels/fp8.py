@@ -39,6 +39,7 @@ FP8_MAX = 448.0  # the largest e4m3 value
 MAX_ROW = 16384  # of quantize_rows and bias_quick_gelu_fp8: a row is one block
 
 LinearImpl = Literal["auto", "reference", "triton", "scaled_mm"]
+LINEAR_FACES = get_args(LinearImpl)
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,12 @@ def linear_fp8(
     """
     _check_linear(x, weight, bias)
     why_not = _linear_reasons(impl, x)
-    known = get_args(LinearImpl)
     if impl == "triton":
-        face = choose("linear_fp8", impl, why_not, fast="triton", known=known)
+        face = choose("linear_fp8", impl, why_not, known=LINEAR_FACES)
     else:
         slow = "reference" if why_not or not triton_installed() else "triton"
         why_not += scaled_mm_reasons(weight, bias, dtype)
+        known = LINEAR_FACES
         face = choose("linear_fp8", impl, why_not, fast="scaled_mm", slow=slow, known=known)
     if face == "reference":
         return linear_fp8_reference(x, weight, bias, dtype=dtype)

@@ -199,7 +199,7 @@ def _class_cross_entropy_forward(
     x: Tensor, classes: Tensor, labels: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> (loss, log sum exp, mean logit - the label's), all fp32 [N]."""
-    partial, target = _launch_log_sum(_unit(x), _unit(classes), scale, labels)
+    partial, target = _launch_log_sum(launch.readable(x), launch.readable(classes), scale, labels)
     assert target is not None
     log_sum = partial[0].logsumexp(dim=0)
     mean = ((partial[0] - log_sum).exp() * partial[1]).sum(dim=0)
@@ -263,7 +263,7 @@ def _class_cross_entropy_backward(
     if x.dtype == torch.float16 and rows:
         largest = grad_loss.abs().nan_to_num(0.0, posinf=0.0).amax() * scale.abs().reshape(())
         peak = (largest * max(rows / LARGE, 1.0)).clamp(min=1.0)
-    x, classes = _unit(x), _unit(classes)
+    x, classes = launch.readable(x), launch.readable(classes)
     grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     grad_classes = classes.new_zeros(classes.shape if flags[1] else 0)
     # The logits are linear in the scale, so d loss / d scale = (mean logit - label's) / scale.
@@ -301,7 +301,7 @@ def _class_cross_entropy_backward(
 def _top_classes(x: Tensor, classes: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
     """x [N, V, E] -> (fp32 [N, k], int64 [N, k])."""
     items, views, width = x.shape
-    rows, classes = _unit(x.flatten(0, 1)), _unit(classes)
+    rows, classes = launch.readable(x.flatten(0, 1)), launch.readable(classes)
     factor = torch.full((1,), scale, dtype=torch.float32, device=x.device)
     log_sum = _launch_log_sum(rows, classes, factor, None)[0][0].logsumexp(dim=0)
     block = dict(blocks("top_classes", x.device, itemsize=x.itemsize))
@@ -332,11 +332,6 @@ def _top_classes(x: Tensor, classes: Tensor, k: int, scale: float) -> tuple[Tens
     best = keys.flatten(1).topk(k, dim=1).values  # [N, k]
     numbers = 0x7FFFFFFF - (best & 0x7FFFFFFF)
     return (best >> 32).int().view(torch.float32), numbers
-
-
-def _unit(x: Tensor) -> Tensor:
-    """The same tensor with neighbouring columns, which the kernels assume."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 _class_cross_entropy = FusedOp(

@@ -108,7 +108,7 @@ def mean_softmax_triton(logits: Tensor) -> Tensor:
 def _mean_normalize_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """-> (y [B, E], mean fp32 [B, E])."""
     clips, frames, width = x.shape
-    x = _unit(x)
+    x = launch.readable(x)
     y = launch.empty(clips, width, dtype=x.dtype, device=x.device)
     mean = launch.empty(clips, width, dtype=torch.float32, device=x.device)
     if y.numel():
@@ -133,7 +133,7 @@ def _mean_normalize_backward(
     clips, frames, width = x.shape
     grad_x = launch.empty(*x.shape, dtype=x.dtype, device=x.device)
     if grad_x.numel():
-        grad_y = _unit(grad_y)
+        grad_y = launch.readable(grad_y)
         block = blocks("mean_normalize", x.device, width=width)
         _mean_backward[(clips, ceil_div(frames, block["BLOCK_T"]))](
             mean,
@@ -152,7 +152,7 @@ def _mean_normalize_backward(
 def _launch_mean_softmax(logits: Tensor) -> Tensor:
     """-> fp32 [N, C]."""
     items, views, count = logits.shape
-    logits = _unit(logits)
+    logits = launch.readable(logits)
     out = launch.empty(items, count, dtype=torch.float32, device=logits.device)
     if out.numel():
         _mean_softmax[(items,)](
@@ -166,11 +166,6 @@ def _launch_mean_softmax(logits: Tensor) -> Tensor:
             **blocks("mean_softmax", logits.device, classes=count),
         )
     return out
-
-
-def _unit(x: Tensor) -> Tensor:
-    """The same tensor with neighbouring columns, which the kernels assume."""
-    return x if x.stride(-1) == 1 and launch.near(x) else x.contiguous()
 
 
 _mean_normalize = FusedOp(

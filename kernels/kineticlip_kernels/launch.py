@@ -29,6 +29,11 @@ def rows_of(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.numel() == 0 else flat.contiguous()
 
 
+def readable(x: Tensor) -> Tensor:
+    """The same tensor with neighbouring columns and near elements, which most kernels assume."""
+    return x if x.stride(-1) == 1 and near(x) else x.contiguous()
+
+
 def near(x: Tensor) -> bool:
     """Whether offsets into one element of axis 0 fit in 32 bits, which is what kernels count in.
 

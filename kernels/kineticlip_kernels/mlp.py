@@ -61,10 +61,11 @@ def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl = "
             f"linear_quick_gelu: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and bias "
             f"{tuple(bias.shape)}; expected [..., D], [F, D] and [F]"
         )
-    dtypes = {dtype_name(tensor.dtype): None for tensor in (x, weight, bias)}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
+    same = x.dtype == weight.dtype == bias.dtype
+    if not same and not torch.is_autocast_enabled(x.device.type):
+        dtypes = ", ".join(dtype_name(tensor.dtype) for tensor in (x, weight, bias))
         raise UnsupportedInput(
-            f"linear_quick_gelu: x, weight and bias are {', '.join(dtypes)}; expected one dtype"
+            f"linear_quick_gelu: x, weight and bias are {dtypes}; expected one dtype"
         )
     why_not = matrix_reasons(impl, x=x, weight=weight, bias=bias)
     if choose("linear_quick_gelu", impl, why_not) == "reference":

@@ -11,11 +11,9 @@ queries, which the general kernels have, would be three quarters empty.
 
 from __future__ import annotations
 
-from typing import get_args
-
 from torch import Tensor
 
-from kineticlip_kernels.attention import AttentionImpl, attention
+from kineticlip_kernels.attention import FACES, AttentionImpl, attention
 from kineticlip_kernels.dispatch import (
     UnsupportedInput,
     check_operands,
@@ -48,13 +46,8 @@ def frame_attention(qkv: Tensor, *, impl: AttentionImpl = "auto") -> Tensor:
         )
     if impl in ("sdpa", "xformers", "chunked"):
         return attention(qkv, impl=impl)
-    face = choose(
-        "frame_attention",
-        impl,
-        frame_reasons(impl, qkv),
-        slow="attention",
-        known=get_args(AttentionImpl),
-    )
+    why_not = frame_reasons(impl, qkv)
+    face = choose("frame_attention", impl, why_not, slow="attention", known=FACES)
     if face == "attention":
         return attention(qkv)
     if face == "reference":

@@ -111,7 +111,7 @@ def frame_attention_triton(qkv: Tensor) -> Tensor:
 
 def _launch_forward(qkv: Tensor) -> Tensor:
     clips, frames, _, heads, width = qkv.shape
-    qkv = _readable(qkv)
+    qkv = launch.readable(qkv)
     out = launch.empty(clips, frames, heads, width, dtype=qkv.dtype, device=qkv.device)
     if out.numel():
         _forward[(clips, heads)](
@@ -126,13 +126,9 @@ def _launch_forward(qkv: Tensor) -> Tensor:
     return out
 
 
-def _readable(qkv: Tensor) -> Tensor:
-    return qkv if qkv.stride(-1) == 1 and launch.near(qkv) else qkv.contiguous()
-
-
 def _launch_backward(flags: list[bool], qkv: Tensor, grad: Tensor) -> list[Tensor]:
     clips, frames, _, heads, width = qkv.shape
-    qkv = _readable(qkv)
+    qkv = launch.readable(qkv)
     grad_qkv = launch.empty(*qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if qkv.numel():
         _backward[(clips, heads)](

@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "two dtypes in a product": (
         lambda: linear_quick_gelu(X.to(BF16), randn(8, 24), randn(8)),
-        "x, weight and bias are bf16, fp32; expected one dtype",
+        "x, weight and bias are bf16, fp32, fp32; expected one dtype",
     ),
     "a number for a tensor": (
         lambda: layer_norm(X, ROWS, 0.0),  # type: ignore[arg-type]

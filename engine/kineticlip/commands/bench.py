@@ -76,7 +76,7 @@ def _bench(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         results = args.results or (Path(scratch) if args.json else None)
         command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only"]
-        command += ["--benchmark-quiet", "-q", "--no-summary", f"--rootdir={folder.parent}"]
+        command += ["--benchmark-quiet", "-q", f"--rootdir={folder.parent}"]
         command += ["-k", args.only] if args.only else []
         command += ["-m", "short"] if args.short else []
         command += [f"--results={results.resolve()}"] if results else []
