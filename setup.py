@@ -29,7 +29,7 @@ setup(
     },
     packages=[*find_packages("engine"), *find_packages("kernels"), "kineticlip.configs"],
     package_data={
-        "kineticlip": ["py.typed", "data/*", "data/*/*", "templates/*"],
+        "kineticlip": ["py.typed", "data/class_names/*", "report/templates/*"],
         "kineticlip.configs": ["*.yaml", "deepspeed/*.json"],
         "kineticlip_kernels": ["py.typed", "configs/*.json"],
     },
@@ -65,5 +65,5 @@ setup(
         ],
         "monitor": ["tensorboard>=2.18"],
     },
-    entry_points={"console_scripts": ["kineticlip=kineticlip.cli:main"]},
+    entry_points={"console_scripts": ["kineticlip=kineticlip.__main__:main"]},
 )

@@ -20,7 +20,7 @@ import kernel_bench
 import kernel_results
 import run_parts
 from kernel_bench import Case
-from kineticlip.measure import software_record
+from kineticlip.runtime.machine import software_record
 
 rows: list[dict[str, Any]] = []
 

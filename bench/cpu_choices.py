@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_results import keep
-from kineticlip import inference
-from kineticlip.inference import ByteLinear, PackedLinear, fused_quantise, quantise_rows
-from kineticlip.measure import machine_record, software_record
+from kineticlip.models import packed as inference
+from kineticlip.models.packed import ByteLinear, PackedLinear, fused_quantise, quantise_rows
+from kineticlip.runtime.machine import machine_record, software_record
 from kineticlip_kernels import attention
 
 Run = Callable[[], Any]

@@ -34,10 +34,10 @@ import torch
 from numpy.typing import NDArray
 
 from kernel_results import keep
-from kineticlip.errors import UserError
-from kineticlip.measure import machine_record, software_record
+from kineticlip.runtime.errors import UserError
+from kineticlip.runtime.machine import machine_record, software_record
 from kineticlip.video import open_video
-from kineticlip.video.batch import make_stream_decoder
+from kineticlip.video.batch_reader import make_stream_decoder
 from kineticlip.video.trim import Trimmed, trim
 
 FRAMES = 300

@@ -311,7 +311,7 @@ def _measure_matmul(dtype: torch.dtype) -> float:
 
 def best_seconds(call: Callable[[], Any]) -> float:
     """The fastest of REPEATS calls after WARM_UP_SECONDS of calls: a limit is what is possible."""
-    from kineticlip.measure import time_calls
+    from kineticlip.runtime.machine import time_calls
 
     end = time.perf_counter() + WARM_UP_SECONDS
     while time.perf_counter() < end:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kineticlip.architectures import architecture
-from kineticlip.inference import ByteLinear, PackedLinear
+from kineticlip.models.architectures import architecture
+from kineticlip.models.packed import ByteLinear, PackedLinear
 
 ROWS = 3152  # of the timed product: 16 images of ViT-B/16
 REPEATS = 4

@@ -30,12 +30,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernel_results import keep
-from kineticlip.architectures import VisionShape, architecture
 from kineticlip.config import EvlConfig
-from kineticlip.info import evl as evl_parts
-from kineticlip.measure import machine_record, software_record
 from kineticlip.methods.evl_decoder import Decoder, decoder_shape
-from kineticlip.transformer import Tap
+from kineticlip.models.architectures import VisionShape, architecture
+from kineticlip.models.cost import evl as evl_parts
+from kineticlip.models.transformer import Tap
+from kineticlip.runtime.machine import machine_record, software_record
 from kineticlip_kernels.evl import offsets
 from methods_vitaclip import vitaclip
 
@@ -228,7 +228,7 @@ def evl(arch: str, frames: int, clips: int, rounds: int) -> dict[str, Any]:
 
 
 def evl_counts(arch: str, frames: int, clips: int) -> dict[str, Any]:
-    """Forward multiply-adds that torch counts, beside those of kineticlip.info.
+    """Forward multiply-adds that torch counts, beside those of kineticlip.methods.cost.
 
     torch sees products of matrices and convolutions. The engine's sums over offsets are products
     with bins that are half zeros, and its convolution is elementwise.

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kineticlip.architectures import Architecture, VisionShape, architecture
-from kineticlip.batch import VideoViews
 from kineticlip.config import Config, DataConfig, ModelConfig
-from kineticlip.dataset import read_labels
-from kineticlip.info import totals
-from kineticlip.info import vitaclip as parts_of
+from kineticlip.data.batch import VideoViews
+from kineticlip.data.lists import read_labels
 from kineticlip.methods.prompts_vision import VisionPrompts
 from kineticlip.methods.vitaclip import VITACLIP, VitaCLIP, build
-from kineticlip.vision import VisionTransformer
+from kineticlip.models.architectures import Architecture, VisionShape, architecture
+from kineticlip.models.cost import totals
+from kineticlip.models.cost import vitaclip as parts_of
+from kineticlip.models.vision import VisionTransformer
 
 VIEWS = 3
 CHUNK = 16  # images per forward of the engine, as evaluation does on a CPU

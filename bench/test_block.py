@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_bench import DEVICE, GPU, SHAPES, Case, Shape, randn, spread
-from kineticlip.transformer import Block
+from kineticlip.models.transformer import Block
 from kineticlip_kernels import cost
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kineticlip.journal import Json
-from kineticlip.results import ResultWriter
+from kineticlip.evaluation.results import ResultWriter
+from kineticlip.runtime.journal import Json
 
 MACHINE = {
     "gpu": "NVIDIA H200",

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kineticlip.adopt import starting_point
-from kineticlip.batch import Batch
 from kineticlip.config import Config, load_config
-from kineticlip.distributed import Ranks, finish, initialise, read_ranks
+from kineticlip.data.batch import Batch
 from kineticlip.formats import convert, save_checkpoint
 from kineticlip.methods import METHODS
-from kineticlip.train import Outcome, train
+from kineticlip.runtime.distributed import Ranks, finish, initialise, read_ranks
+from kineticlip.training.adopt import starting_point
+from kineticlip.training.loop import Outcome, train
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("juggling", "yoga", "zumba")

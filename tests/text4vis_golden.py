@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kineticlip.architectures import Architecture, TextShape, VisionShape
+from kineticlip.models.architectures import Architecture, TextShape, VisionShape
 
 GOLDEN = Path(__file__).parent / "golden" / "text4vis"
 SHAPE = json.loads((GOLDEN / "model_config.json").read_text())

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kineticlip.batch import Batch
 from kineticlip.config import Config, DataConfig, OptimConfig, TrainConfig
-from kineticlip.distributed import Ranks, finish, initialise, read_ranks
+from kineticlip.data.batch import Batch
 from kineticlip.methods.method import Method
-from kineticlip.optim import Timetable, rate_factor
-from kineticlip.train import train
+from kineticlip.runtime.distributed import Ranks, finish, initialise, read_ranks
+from kineticlip.training.loop import train
+from kineticlip.training.optim import Timetable, rate_factor
 
 CLASSES = 5
 ALONE = Ranks()

@@ -1,7 +1,104 @@
-"""`python -m kineticlip` is the console script."""
+"""The console script and `python -m kineticlip`: a table of subcommands, imported when chosen."""
 
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
 import sys
+from collections.abc import Sequence
 
-from kineticlip.cli import main
+from kineticlip import __version__
+from kineticlip.runtime.errors import UserError
 
-sys.exit(main())
+# name -> one line of help; the code is kineticlip.commands.<name>
+COMMANDS = {
+    "predict": "rank class names for one video",
+    "eval": "score a list of videos with several views each",
+    "train": "train under DeepSpeed; resumes where it was",
+    "report": "make one HTML page from evaluation results",
+    "demo": "the whole path in minutes, on clips it renders itself",
+    "frames": "write chosen frames of a video, by number",
+    "prepare": "check the videos of a data set, write faster copies",
+    "features": "run a frozen trunk over videos once, for heads to train on",
+    "classifier": "build a classifier from text, random rows or LDA",
+    "convert": "rewrite a checkpoint of one code base for another",
+    "bench": "time the kernels here, or find their block sizes",
+    "doctor": "show what of this machine is used, and why not more",
+    "info": "count the parameters and multiply-adds of a configuration",
+    "parity": "replay recorded outputs of an official code and compare",
+    "attributes": "BIKE's second branch: extract, train, fuse",
+}
+
+EXAMPLES = {
+    "predict": "clip.mp4 --labels 'archery, bowling, juggling'",
+    "eval": "--config k400-text4vis-vitb16-f8 --weights official.pt --list val.txt --root videos",
+    "train": "--config k400-text4vis-vitb16-f8 --num-processes 8",
+    "report": "runs/first/eval runs/second/eval --out compared.html",
+    "demo": "--out demo-output",
+    "frames": "clip.mp4 --at 0,10,20-29 --out frames.npz",
+    "prepare": "train.txt --root videos --good readable.txt --bad unreadable.txt",
+    "features": "--config k400-evl-vitb16-f8 --list train.txt --root videos --out features",
+    "classifier": "build text --labels kinetics-400 --out text.safetensors",
+    "convert": "official.pt weights.safetensors --to kineticlip",
+    "bench": "--short",
+    "doctor": "--precision fp32",
+    "info": "k400-text4vis-vitl14_336-f32",
+    "parity": "evl tests/golden/evl",
+    "attributes": "extract runs/zero-shot/eval --out attributes.json",
+}
+
+
+def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
+    """The argument parser; only the selected subcommand's options are filled in."""
+    parser = argparse.ArgumentParser(
+        prog="kineticlip",
+        description="CLIP as a video recogniser, from file to score.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"kineticlip {__version__}")
+    # The deepspeed launcher puts it before the subcommand; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  kineticlip {name} {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name == selected:
+            module = importlib.import_module(f"kineticlip.commands.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run, command_line=main)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; 0: done, 1: a check failed, 2: the caller's mistake."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    selected = next((word for word in arguments if not word.startswith("-")), None)
+    args = build_parser(selected).parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.addLevelName(logging.WARNING, "warning")
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `kineticlip ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

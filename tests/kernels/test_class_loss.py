@@ -12,8 +12,8 @@ from test_trunk import tower
 from torch import Tensor
 from torch.func import functional_call
 
-from kineticlip.classifier import Classifier
 from kineticlip.methods.text4vis import VideoCLIP
+from kineticlip.models.classifier import Classifier
 from kineticlip_kernels.dispatch import recorded_choices
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from kernel_rig import BF16, randn
 from torch import Tensor
 
-from kineticlip.architectures import VisionShape
-from kineticlip.vision import VisionTransformer
+from kineticlip.models.architectures import VisionShape
+from kineticlip.models.vision import VisionTransformer
 from kineticlip_kernels import mlp, norm
 from kineticlip_kernels.mlp import linear_quick_gelu
 from kineticlip_kernels.norm import add_layer_norm, layer_norm

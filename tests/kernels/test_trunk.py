@@ -15,10 +15,10 @@ from kernel_rig import DEVICE, FP32, MATRIX, check, randn
 from torch import Tensor
 from torch.func import functional_call
 
-from kineticlip.architectures import VisionShape
-from kineticlip.fp8_tower import quantize_tower
-from kineticlip.temporal import TemporalTransformer
-from kineticlip.vision import VisionTransformer
+from kineticlip.models.architectures import VisionShape
+from kineticlip.models.fp8 import quantize_tower
+from kineticlip.models.temporal import TemporalTransformer
+from kineticlip.models.vision import VisionTransformer
 from kineticlip_kernels.dispatch import recorded_choices
 
 SHAPE = VisionShape(

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from video_clips import number_of, read_plainly
 
-import kineticlip.video.batch as module
-from kineticlip.errors import UserError
+import kineticlip.video.batch_reader as module
+from kineticlip.runtime.errors import UserError
 from kineticlip.video import VideoError, open_video, probe
-from kineticlip.video.batch import (
+from kineticlip.video.batch_reader import (
     BatchReader,
     Decoded,
     Request,

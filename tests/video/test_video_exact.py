@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from video_clips import RECIPES, Recipe, number_of, picture, read_plainly, write_clip
 
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 from kineticlip.video import VideoError, open_video, probe
 from kineticlip.video.trim import trim
 

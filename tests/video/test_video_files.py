@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 from video_clips import number_of, picture, read_plainly
 
-from kineticlip import prepare
-from kineticlip.cli import main
-from kineticlip.dataset import Entry
-from kineticlip.errors import UserError
+from kineticlip.__main__ import main
+from kineticlip.data import prepare
+from kineticlip.data.lists import Entry
+from kineticlip.runtime.errors import UserError
 from kineticlip.video import ProbeCache, VideoError, open_video, plan_frames
 from kineticlip.video.cache import NAME, cache_path
 from kineticlip.video.container import MAX_PIXELS

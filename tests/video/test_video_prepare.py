@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from video_clips import number_of, picture
 
-from kineticlip.cli import main
-from kineticlip.dataset import read_list
+from kineticlip.__main__ import main
+from kineticlip.data.lists import read_list
 from kineticlip.video import open_video, probe
-from kineticlip.video.convert import shrunk
+from kineticlip.video.copies import shrunk
 
 Clip = Callable[[str], Path]
 

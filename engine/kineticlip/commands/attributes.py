@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from kineticlip.commands.options import add_config_options, add_model_options, configured
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _extract(args: argparse.Namespace) -> int:
-    from kineticlip.attributes import write_attributes
-    from kineticlip.results import read_results
+    from kineticlip.evaluation.results import read_results
+    from kineticlip.training.attributes import write_attributes
 
     rows = read_results(args.results).rows
     found = {row.video: row.top5_names for row in rows if row.status == "ok"}
@@ -50,11 +50,17 @@ def _extract(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from safetensors.torch import save
 
-    from kineticlip.attributes import encode_attributes, encode_names, fit, read_attributes, score
-    from kineticlip.dataset import read_labels, training_list
-    from kineticlip.journal import write_atomic
-    from kineticlip.metrics import topk_accuracy
-    from kineticlip.predictor import pick_device
+    from kineticlip.data.lists import read_labels, training_list
+    from kineticlip.evaluation.metrics import topk_accuracy
+    from kineticlip.evaluation.recognizer import pick_device
+    from kineticlip.runtime.journal import write_atomic
+    from kineticlip.training.attributes import (
+        encode_attributes,
+        encode_names,
+        fit,
+        read_attributes,
+        score,
+    )
 
     if not args.out.endswith(".safetensors"):
         raise UserError(f"--out: expected a .safetensors file, got {args.out}")
@@ -76,7 +82,11 @@ def _train(args: argparse.Namespace) -> int:
 def _fuse(args: argparse.Namespace) -> int:
     import torch
 
-    from kineticlip.attributes import (
+    from kineticlip.data.lists import read_labels
+    from kineticlip.evaluation.metrics import topk_accuracy
+    from kineticlip.evaluation.recognizer import pick_device
+    from kineticlip.evaluation.results import read_results
+    from kineticlip.training.attributes import (
         encode_attributes,
         encode_names,
         fuse,
@@ -84,10 +94,6 @@ def _fuse(args: argparse.Namespace) -> int:
         read_attributes,
         score,
     )
-    from kineticlip.dataset import read_labels
-    from kineticlip.metrics import topk_accuracy
-    from kineticlip.predictor import pick_device
-    from kineticlip.results import read_results
 
     config, device = configured(args), pick_device()
     names = read_labels(config.data.labels)

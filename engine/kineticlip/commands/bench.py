@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 
 NO_TESTS = 5  # pytest's exit status where it collected none
 CAPTURED = 10  # calls in the graph that --tune replays
@@ -136,7 +136,7 @@ def milliseconds(call: Any) -> float:
     import torch
     from triton.runtime.errors import OutOfResources
 
-    from kineticlip.measure import time_calls
+    from kineticlip.runtime.machine import time_calls
     from kineticlip_kernels.tune import TooLarge
 
     graph = torch.cuda.CUDAGraph()

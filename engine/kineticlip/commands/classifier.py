@@ -8,13 +8,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from kineticlip.commands.options import add_config_options, add_model_options, configured
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kineticlip.classifier import Classifier
     from kineticlip.config import Config
+    from kineticlip.models.classifier import Classifier
 
 KINDS = ("text", "random_normal", "random_orthogonal", "sentence", "lda")
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kineticlip.classifier import load_classifier, save_classifier
+    from kineticlip.models.classifier import load_classifier, save_classifier
 
     if args.action == "show":
         built = load_classifier(args.file)
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> Classifier:
     from dataclasses import replace
 
-    from kineticlip.classifier import build_classifier
-    from kineticlip.dataset import read_labels
+    from kineticlip.data.lists import read_labels
+    from kineticlip.models.classifier import build_classifier
 
     config = configured(args)
     if not config.data.labels:
@@ -94,8 +94,8 @@ def _build(args: argparse.Namespace) -> Classifier:
 
 
 def _sentence(args: argparse.Namespace, config: Config, names: tuple[str, ...]) -> Classifier:
-    from kineticlip.architectures import architecture
-    from kineticlip.classifier import sentence_classifier
+    from kineticlip.models.architectures import architecture
+    from kineticlip.models.classifier import sentence_classifier
 
     if not args.model:
         raise UserError("classifier build sentence: give --model FOLDER")
@@ -113,7 +113,7 @@ def _sentence(args: argparse.Namespace, config: Config, names: tuple[str, ...]) 
 def _lda(args: argparse.Namespace, config: Config, names: tuple[str, ...]) -> Classifier:
     from dataclasses import replace
 
-    from kineticlip.classifier import lda_classifier
+    from kineticlip.models.classifier import lda_classifier
 
     try:
         shrinkage = args.shrinkage if args.shrinkage == "auto" else float(args.shrinkage)
@@ -144,9 +144,9 @@ def _embedded(args: argparse.Namespace, config: Config, names: tuple[str, ...]) 
     """CLIP's own embeddings, without a temporal header, of some training videos a class."""
     from dataclasses import replace
 
-    from kineticlip.dataset import few_shot, training_list
-    from kineticlip.features import video_embeddings
-    from kineticlip.predictor import pick_device
+    from kineticlip.data.lists import few_shot, training_list
+    from kineticlip.evaluation.embeddings import video_embeddings
+    from kineticlip.evaluation.recognizer import pick_device
 
     config = replace(config, text4vis=replace(config.text4vis, header="mean"))
     listed = training_list(config, len(names))

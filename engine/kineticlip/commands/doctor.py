@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(device_name: str, precision: str) -> dict[str, Any]:
     """Everything the command prints, as plain data; every op runs once."""
-    from kineticlip.measure import machine_record, software_record
+    from kineticlip.runtime.machine import machine_record, software_record
 
     device = _device(device_name)
     return {
@@ -46,7 +46,7 @@ def examine(device_name: str, precision: str) -> dict[str, Any]:
 def _device(name: str) -> Any:
     import torch
 
-    from kineticlip.errors import UserError
+    from kineticlip.runtime.errors import UserError
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

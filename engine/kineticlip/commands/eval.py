@@ -23,7 +23,7 @@ LEAST = {"official_processes": 1, "official_batch": 1, "limit": 1, "thumbnails":
 PROTOCOL = """
 views and precision are keys of the configuration:
   --set test.clips=4 --set test.crops=3 --set eval.precision=int8   (fp32, bf16; GPU: fp16, fp8)"""
-METRICS = ("zero-shot", "map", "multilabel", "official-padded")  # kineticlip.protocols.PROTOCOLS
+METRICS = ("zero-shot", "map", "multilabel", "official-padded")  # evaluation.protocols.PROTOCOLS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kineticlip.errors import UserError
+    from kineticlip.runtime.errors import UserError
 
     if args.part_of_run:
         return _run_part()
@@ -105,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
 def _run_part() -> int:
     """A process of evaluate_in_processes: scores the share that its parent hands it."""
     from kineticlip.config import config_from_dict
-    from kineticlip.distributed import end_with
-    from kineticlip.list_eval import ListOptions, evaluate_share
-    from kineticlip.parallel_eval import Order, write_speed
+    from kineticlip.evaluation.processes import Order, write_speed
+    from kineticlip.evaluation.run import ListOptions, evaluate_share
+    from kineticlip.runtime.distributed import end_with
 
     order = Order.loaded(sys.stdin.read())
     end_with(order.parent, poll_seconds=0.2)
@@ -121,10 +121,10 @@ def _run_part() -> int:
 
 def _run_splits(args: argparse.Namespace) -> int:
     """Every split into a folder of its own; splits.json beside them has mean and deviation."""
-    from kineticlip.errors import UserError
-    from kineticlip.journal import dump_json, write_atomic
-    from kineticlip.list_eval import listed_videos
-    from kineticlip.protocols import describe_splits, over_splits
+    from kineticlip.evaluation.protocols import describe_splits, over_splits
+    from kineticlip.evaluation.run import listed_videos
+    from kineticlip.runtime.errors import UserError
+    from kineticlip.runtime.journal import dump_json, write_atomic
 
     if args.list is not None or args.labels is not None:
         raise UserError(
@@ -173,7 +173,7 @@ def _configured(args: argparse.Namespace) -> Config:
 
 
 def _evaluate(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
-    from kineticlip.list_eval import ListOptions, evaluate_list
+    from kineticlip.evaluation.run import ListOptions, evaluate_list
 
     speed = _share_out(args, config, out) if args.num_processes is not None else None
     options = ListOptions(
@@ -191,8 +191,8 @@ def _evaluate(args: argparse.Namespace, config: Config, out: Path) -> dict[str, 
 
 def _share_out(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
     """Has all videos scored by several processes; gives their speed."""
-    from kineticlip.list_eval import listed_videos
-    from kineticlip.parallel_eval import evaluate_in_processes, remove_run
+    from kineticlip.evaluation.processes import evaluate_in_processes, remove_run
+    from kineticlip.evaluation.run import listed_videos
 
     _, listed = listed_videos(config)
     if args.fresh:
@@ -211,7 +211,7 @@ def _share_out(args: argparse.Namespace, config: Config, out: Path) -> dict[str,
 def describe(summary: dict[str, Any]) -> list[str]:
     """The summary in a few lines for a person."""
     from kineticlip.config import EIGHT_BITS
-    from kineticlip.protocols import describe_extra
+    from kineticlip.evaluation.protocols import describe_extra
 
     lines = []
     protocol = summary["protocol"]

@@ -24,13 +24,13 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from kineticlip.dataset import read_labels, read_list
-    from kineticlip.errors import UserError
-    from kineticlip.evaluate import default_chunk, prepare
-    from kineticlip.feature_cache import facts_of, write_features
-    from kineticlip.loader import TestLoader
+    from kineticlip.data.lists import read_labels, read_list
+    from kineticlip.data.loader import TestLoader
+    from kineticlip.evaluation.feature_store import facts_of, write_features
+    from kineticlip.evaluation.loop import default_chunk, prepare
+    from kineticlip.evaluation.recognizer import pick_device
     from kineticlip.methods import method_named
-    from kineticlip.predictor import pick_device
+    from kineticlip.runtime.errors import UserError
 
     config = configured(args)
     if args.list is not None or args.root is not None:

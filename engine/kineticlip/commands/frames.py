@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from kineticlip.video import VideoSource

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kineticlip.config import Config, load_config
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from kineticlip.architectures import Architecture
-    from kineticlip.info import Part
+    from kineticlip.models.architectures import Architecture
+    from kineticlip.models.cost import Part
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(config: Config, classes: int) -> dict[str, Any]:
     """Everything the command prints, as plain data; multiply-adds as whole numbers."""
-    from kineticlip.architectures import architecture
-    from kineticlip.info import totals
+    from kineticlip.models.architectures import architecture
+    from kineticlip.models.cost import totals
 
     if config.method not in PARTS:
         known = ", ".join(PARTS)
@@ -69,7 +69,7 @@ def describe(config: Config, classes: int) -> dict[str, Any]:
 
 
 def _text4vis(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.info import text, text4vis
+    from kineticlip.models.cost import text, text4vis
 
     layers = config.text4vis.header_layers if config.text4vis.header == "transformer" else 0
     tower = text(model.text, classes)
@@ -91,9 +91,9 @@ def _contrastive(config: Config, model: Architecture, classes: int) -> list[Part
 
 
 def _evl(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.architectures import VisionShape
-    from kineticlip.info import evl
     from kineticlip.methods.evl_decoder import decoder_shape
+    from kineticlip.models.architectures import VisionShape
+    from kineticlip.models.cost import evl
 
     if not isinstance(model.vision, VisionShape):
         raise UserError(f"model.arch: EVL reads a vision transformer, {model.name} is none")
@@ -119,8 +119,8 @@ def _evl(config: Config, model: Architecture, classes: int) -> list[Part]:
 
 
 def _vitaclip(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.architectures import VisionShape
-    from kineticlip.info import vitaclip
+    from kineticlip.models.architectures import VisionShape
+    from kineticlip.models.cost import vitaclip
 
     if not isinstance(model.vision, VisionShape):
         raise UserError(f"model.arch: {model.name} is a ResNet; it takes no prompts")
@@ -141,7 +141,7 @@ def _vitaclip(config: Config, model: Architecture, classes: int) -> list[Part]:
 
 def _vificlip(config: Config, model: Architecture, classes: int) -> list[Part]:
     """CLIP's towers and nothing else; which of them train is the configuration's choice."""
-    from kineticlip.info import text, text4vis
+    from kineticlip.models.cost import text, text4vis
 
     def trains(part: Part) -> bool:
         return config.vificlip.train_text if part.once else config.vificlip.train_visual
@@ -152,8 +152,8 @@ def _vificlip(config: Config, model: Architecture, classes: int) -> list[Part]:
 
 def _actionclip(config: Config, model: Architecture, classes: int) -> list[Part]:
     """Text4Vis's parts; the text tower trains too, and reads every class in every template."""
-    from kineticlip.info import text
-    from kineticlip.prompts import expand_templates
+    from kineticlip.models.cost import text
+    from kineticlip.models.prompts import expand_templates
 
     sentences = classes * len(expand_templates(config.actionclip.templates))
     tower = text(model.text, sentences)
@@ -162,14 +162,14 @@ def _actionclip(config: Config, model: Architecture, classes: int) -> list[Part]
 
 
 def _vit_of(model: Architecture, method: str) -> None:
-    from kineticlip.architectures import VisionShape
+    from kineticlip.models.architectures import VisionShape
 
     if not isinstance(model.vision, VisionShape):
         raise UserError(f"model.arch: {model.name} is a ResNet; {method} needs a ViT")
 
 
 def _xclip(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.info_kin import xclip
+    from kineticlip.methods.cost import xclip
 
     _vit_of(model, "X-CLIP")
     return xclip(
@@ -183,8 +183,8 @@ def _xclip(config: Config, model: Architecture, classes: int) -> list[Part]:
 
 
 def _openvclip(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.info_kin import openvclip
-    from kineticlip.prompts import expand_templates
+    from kineticlip.methods.cost import openvclip
+    from kineticlip.models.prompts import expand_templates
 
     _vit_of(model, "Open-VCLIP")
     options = config.classifier

@@ -45,7 +45,7 @@ def configured(args: argparse.Namespace) -> Config:
     from pathlib import Path
 
     from kineticlip.config import load_config, override
-    from kineticlip.predictor import config_of, plain_clip, with_weights
+    from kineticlip.evaluation.recognizer import config_of, plain_clip, with_weights
 
     if args.config is not None:
         config = load_config(args.config, args.set)

@@ -20,9 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from kineticlip.dataset import read_labels
-    from kineticlip.errors import UserError
-    from kineticlip.predictor import load_recognizer, pick_device, predict, scoring_others
+    from kineticlip.data.lists import read_labels
+    from kineticlip.evaluation.recognizer import (
+        load_recognizer,
+        pick_device,
+        predict,
+        scoring_others,
+    )
+    from kineticlip.runtime.errors import UserError
     from kineticlip.video import VideoError
 
     if args.top < 1:

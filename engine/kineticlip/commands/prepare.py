@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from kineticlip.prepare import Checked, Source
+    from kineticlip.data.prepare import Checked, Source
 
 T = TypeVar("T")
 SHOWN = 20  # unreadable videos printed; all of them go to --bad and --json
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kineticlip import prepare
+    from kineticlip.data import prepare
 
     _check_arguments(args)
     workers = args.workers or os.cpu_count() or 1
@@ -133,7 +133,7 @@ def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 def _write_lists(
     args: argparse.Namespace, source: Source, checked: list[Checked], converted: bool
 ) -> None:
-    from kineticlip import prepare
+    from kineticlip.data import prepare
 
     if args.classes is not None:
         prepare.write_text(args.classes, "".join(f"{name}\n" for name in source.classes))

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kineticlip.report import write_report
+    from kineticlip.report.page import write_report
 
     page = write_report(args.folders, args.out, title=args.title)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")

@@ -16,7 +16,7 @@ from kineticlip.commands.options import add_config_options
 
 if TYPE_CHECKING:
     from kineticlip.config import Config
-    from kineticlip.distributed import Ranks
+    from kineticlip.runtime.distributed import Ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import os
 
-    from kineticlip.adopt import starting_point
-    from kineticlip.checkpoint import find_resumable
     from kineticlip.config import load_config
-    from kineticlip.distributed import Ranks, read_ranks
-    from kineticlip.errors import UserError
-    from kineticlip.launch import launch
-    from kineticlip.train import FINISHED
+    from kineticlip.runtime.distributed import Ranks, read_ranks
+    from kineticlip.runtime.errors import UserError
+    from kineticlip.runtime.launch import launch
+    from kineticlip.training.adopt import starting_point
+    from kineticlip.training.checkpoint import find_resumable
+    from kineticlip.training.loop import FINISHED
 
     if args.config is None:
         raise UserError("--config is not set: training needs a configuration")
@@ -72,10 +72,10 @@ def check_inputs(config: Config, *, world_size: int) -> None:
     """UserError for settings and lists that are wrong, before a process is started."""
     import torch
 
-    from kineticlip.dataset import read_labels, training_list
-    from kineticlip.errors import UserError
+    from kineticlip.data.lists import read_labels, training_list
     from kineticlip.methods import method_named
-    from kineticlip.train import check_settings
+    from kineticlip.runtime.errors import UserError
+    from kineticlip.training.loop import check_settings
 
     method_named(config.method)
     check_settings(config, world_size=world_size, cuda=torch.cuda.is_available())
@@ -86,7 +86,7 @@ def check_inputs(config: Config, *, world_size: int) -> None:
 
 def finished(config: Config, resume: str) -> bool:
     """Whether the run has ended already, which is then said."""
-    from kineticlip.train import FINISHED, WEIGHTS
+    from kineticlip.training.loop import FINISHED, WEIGHTS
 
     if resume != "auto" or not (config.output_dir / FINISHED).exists():
         return False
@@ -102,8 +102,8 @@ def _rank_program(
     import sys
     import traceback
 
-    from kineticlip.distributed import end_with, finish
-    from kineticlip.errors import UserError
+    from kineticlip.runtime.distributed import end_with, finish
+    from kineticlip.runtime.errors import UserError
 
     if ranks.world_size == 1:
         return _train(config, ranks, resume, start)
@@ -123,15 +123,15 @@ def _train(config: Config, ranks: Ranks, resume: str, start: str) -> int:
     import sys
     from dataclasses import asdict
 
-    from kineticlip.dataset import read_labels, training_list
-    from kineticlip.distributed import gather, initialise
-    from kineticlip.feature_cache import FeatureClips, open_store
-    from kineticlip.journal import dump_json, write_atomic
-    from kineticlip.loader import TrainLoader
+    from kineticlip.data.lists import read_labels, training_list
+    from kineticlip.data.loader import TrainLoader
+    from kineticlip.evaluation.feature_store import FeatureClips, open_store
+    from kineticlip.evaluation.protocols import write_few_shot
     from kineticlip.methods import method_named
-    from kineticlip.protocols import write_few_shot
-    from kineticlip.train import train
-    from kineticlip.validation import Validation
+    from kineticlip.runtime.distributed import gather, initialise
+    from kineticlip.runtime.journal import dump_json, write_atomic
+    from kineticlip.training.loop import train
+    from kineticlip.training.validation import Validation
 
     check_inputs(config, world_size=ranks.world_size)
     if finished(config, resume):

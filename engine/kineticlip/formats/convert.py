@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kineticlip.errors import UserError, did_you_mean
-from kineticlip.formats.container import Tensors, write_safetensors, write_torch
+from kineticlip.formats.files import Tensors, write_safetensors, write_torch
 from kineticlip.formats.load import (
     Checkpoint,
     interpolate_positions,
@@ -18,6 +17,7 @@ from kineticlip.formats.load import (
 )
 from kineticlip.formats.table import OWN_FORMAT, apply_rules
 from kineticlip.formats.targets import TARGETS, Target, check_needs
+from kineticlip.runtime.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

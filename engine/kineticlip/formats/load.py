@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kineticlip.errors import UserError
-from kineticlip.formats.container import Tensors, read_contents
+from kineticlip.formats.files import Tensors, read_contents
 from kineticlip.formats.names import AFFINE, PATCH_BIAS, TEXT, VISUAL, fold_patch_bias
 from kineticlip.formats.table import CLIP_FORMATS, apply_rules, identify
+from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

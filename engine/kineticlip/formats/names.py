@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from kineticlip.formats.container import Tensors
+from kineticlip.formats.files import Tensors
 
 # Each is an alternation without capturing groups, to be placed inside a larger pattern.
 AFFINE = r"(?:weight|bias)"

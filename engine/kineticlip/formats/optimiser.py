@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kineticlip.errors import UserError
-from kineticlip.formats.container import Contents, Tensors, read_tree
+from kineticlip.formats.files import Contents, Tensors, read_tree
 from kineticlip.formats.table import apply_rules, identify
+from kineticlip.runtime.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _LAYOUTS = ("evl", "vitaclip")

@@ -11,18 +11,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kineticlip.errors import UserError
 from kineticlip.formats import names
-from kineticlip.formats.container import Contents, Tensors
-from kineticlip.formats.names import (
-    AFFINE,
-    BLOCK,
-    BLOCKS,
-    SUMMARY,
-    TEXT,
-    TEXT4VIS_VISUAL,
-    VISUAL,
-)
+from kineticlip.formats.files import Contents, Tensors
+from kineticlip.formats.names import AFFINE, BLOCK, BLOCKS, SUMMARY, TEXT, TEXT4VIS_VISUAL, VISUAL
+from kineticlip.runtime.errors import UserError
 
 OWN_FORMAT = "kineticlip"
 Rule = tuple[str, "str | None"]  # regular expression of a whole name -> new name; None: dropped

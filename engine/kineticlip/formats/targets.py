@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kineticlip.errors import UserError
-from kineticlip.formats.container import Tensors
+from kineticlip.formats.files import Tensors
 from kineticlip.formats.names import (
     AFFINE,
     BLOCK,
@@ -21,6 +20,7 @@ from kineticlip.formats.names import (
     split_projections,
 )  # fmt: skip
 from kineticlip.formats.table import OWN_FORMAT, Rule
+from kineticlip.runtime.errors import UserError
 
 Metadata = Mapping[str, Any]
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 
 _STORAGES = {
     "HalfStorage": torch.float16,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kineticlip.errors import UserError, did_you_mean
 from kineticlip.methods.actionclip import ACTIONCLIP
 from kineticlip.methods.bike import BIKE
 from kineticlip.methods.contrastive import CONTRASTIVE
@@ -13,6 +12,7 @@ from kineticlip.methods.text4vis import TEXT4VIS
 from kineticlip.methods.vificlip import VIFICLIP
 from kineticlip.methods.vitaclip import VITACLIP
 from kineticlip.methods.xclip import XCLIP_METHOD
+from kineticlip.runtime.errors import UserError, did_you_mean
 
 METHODS: dict[str, Method] = {
     "text4vis": TEXT4VIS,

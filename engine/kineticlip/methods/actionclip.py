@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.batch import VideoViews
 from kineticlip.config import Config
-from kineticlip.errors import UserError
+from kineticlip.data.batch import VideoViews
 from kineticlip.methods.head import kernels_of, own_loss, unit_logits, unit_means, unit_videos
 from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
@@ -28,9 +27,10 @@ from kineticlip.methods.trunk import (
     encode_frames,
     two_rates,
 )
-from kineticlip.prompts import expand_templates, render
-from kineticlip.text import BATCH, encode_text, tokenize
-from kineticlip.weights import resolve_weights
+from kineticlip.models.prompts import expand_templates, render
+from kineticlip.models.text import BATCH, encode_text, tokenize
+from kineticlip.models.weights import resolve_weights
+from kineticlip.runtime.errors import UserError
 from kineticlip_kernels.head import mean_softmax
 
 

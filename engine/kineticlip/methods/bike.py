@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.batch import VideoViews
 from kineticlip.config import Config
+from kineticlip.data.batch import VideoViews
 from kineticlip.methods.contrastive import class_tokens, online_tower
 from kineticlip.methods.head import average_views, kernels_of, own_loss, unit_means
 from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, param_groups, video_model
 from kineticlip.methods.trunk import FrozenTensors, apply_header, encode_frames, encode_views
-from kineticlip.text import BATCH, encode_tokens
-from kineticlip.weights import resolve_weights
+from kineticlip.models.text import BATCH, encode_tokens
+from kineticlip.models.weights import resolve_weights
 from kineticlip_kernels.head import mean_softmax
 
 Interaction = Literal["dp", "vcs"]

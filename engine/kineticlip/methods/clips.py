@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kineticlip.batch import VideoViews
+from kineticlip.data.batch import VideoViews
 
 
 def distinct_clips(video: VideoViews) -> tuple[Tensor, Tensor]:

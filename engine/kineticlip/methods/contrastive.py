@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.batch import VideoViews
-from kineticlip.classifier import build_classifier, text_weights
 from kineticlip.config import Config, ContrastiveConfig
-from kineticlip.errors import UserError
+from kineticlip.data.batch import VideoViews
 from kineticlip.methods.head import (
     class_loss,
     kernels_of,
@@ -35,9 +33,11 @@ from kineticlip.methods.trunk import (
     encode_frames,
     two_rates,
 )
-from kineticlip.prompts import expand_templates, render
-from kineticlip.text import BATCH, encode_text, text_tower, tokenize
-from kineticlip.weights import Weights, resolve_weights
+from kineticlip.models.classifier import build_classifier, text_weights
+from kineticlip.models.prompts import expand_templates, render
+from kineticlip.models.text import BATCH, encode_text, text_tower, tokenize
+from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.runtime.errors import UserError
 
 
 class ContrastiveCLIP(nn.Module):

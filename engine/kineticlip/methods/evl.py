@@ -15,18 +15,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kineticlip.architectures import ResNetShape
-from kineticlip.batch import VideoViews
 from kineticlip.config import Config
-from kineticlip.errors import UserError
+from kineticlip.data.batch import VideoViews
 from kineticlip.formats import load_into, read_checkpoint
 from kineticlip.methods.evl_decoder import Decoder, DecoderShape, decoder_shape
 from kineticlip.methods.head import average_views, cross_entropy, kernels_of
 from kineticlip.methods.method import Method
 from kineticlip.methods.trunk import build_visual, seeded
-from kineticlip.transformer import LayerNorm, Tap
-from kineticlip.vision import VisionTransformer
-from kineticlip.weights import Weights, resolve_weights
+from kineticlip.models.architectures import ResNetShape
+from kineticlip.models.transformer import LayerNorm, Tap
+from kineticlip.models.vision import VisionTransformer
+from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

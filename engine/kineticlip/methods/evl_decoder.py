@@ -14,10 +14,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kineticlip.architectures import VisionShape
 from kineticlip.config import EvlConfig
-from kineticlip.errors import UserError
-from kineticlip.transformer import LayerNorm, LinearActivation, Tap
+from kineticlip.models.architectures import VisionShape
+from kineticlip.models.transformer import LayerNorm, LinearActivation, Tap
+from kineticlip.runtime.errors import UserError
 from kineticlip_kernels.dispatch import Impl
 from kineticlip_kernels.evl import (
     absorb_query,

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.batch import Batch
-from kineticlip.errors import UserError
+from kineticlip.data.batch import Batch
 from kineticlip.methods.method import Metrics
+from kineticlip.runtime.errors import UserError
 from kineticlip_kernels.dispatch import Impl
 from kineticlip_kernels.head import class_cross_entropy, mean_normalize, mean_softmax, top_classes
 

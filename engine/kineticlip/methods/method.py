@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from kineticlip.batch import Batch, VideoViews
 from kineticlip.config import Config
+from kineticlip.data.batch import Batch, VideoViews
 
 Metrics = dict[str, Tensor]
 

@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kineticlip.architectures import ResNetShape
-from kineticlip.batch import Batch, VideoViews
-from kineticlip.classifier import build_classifier
 from kineticlip.config import Config
-from kineticlip.errors import UserError
+from kineticlip.data.batch import Batch, VideoViews
 from kineticlip.methods.clips import embed_distinct
 from kineticlip.methods.head import cross_entropy
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.text4vis import LOGIT_SCALE
 from kineticlip.methods.trunk import FrozenTensors, build_visual
-from kineticlip.weights import Weights, resolve_weights
+from kineticlip.models.architectures import ResNetShape
+from kineticlip.models.classifier import build_classifier
+from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kineticlip.errors import UserError
-from kineticlip.text import tokenize, tokenizer
+from kineticlip.models.text import tokenize, tokenizer
+from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kineticlip.architectures import VisionShape
-from kineticlip.errors import UserError
-from kineticlip.transformer import Attention, LayerNorm
+from kineticlip.models.architectures import VisionShape
+from kineticlip.models.transformer import Attention, LayerNorm
+from kineticlip.runtime.errors import UserError
 from kineticlip_kernels.attention import AttentionImpl
 from kineticlip_kernels.dispatch import Impl
 

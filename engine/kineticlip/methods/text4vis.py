@@ -15,11 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.architectures import ResNetShape
-from kineticlip.batch import Batch, VideoViews
-from kineticlip.classifier import Classifier, build_classifier
 from kineticlip.config import Config
-from kineticlip.errors import UserError
+from kineticlip.data.batch import Batch, VideoViews
 from kineticlip.formats import load_into
 from kineticlip.methods.head import (
     class_loss,
@@ -40,8 +37,11 @@ from kineticlip.methods.trunk import (
     seeded,
     two_rates,
 )
-from kineticlip.temporal import TEMPORAL_MODULES, TemporalTransformer
-from kineticlip.weights import Weights, resolve_weights
+from kineticlip.models.architectures import ResNetShape
+from kineticlip.models.classifier import Classifier, build_classifier
+from kineticlip.models.temporal import TEMPORAL_MODULES, TemporalTransformer
+from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kineticlip.config import Config
 from kineticlip.methods.contrastive import online_tower
-from kineticlip.text import text_tower
-from kineticlip.weights import Weights
+from kineticlip.models.text import text_tower
+from kineticlip.models.weights import Weights
 
 
 def adopt_text_tower(model: nn.Module, tower: Any) -> Tensor:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kineticlip.architectures import ResNetShape
-from kineticlip.batch import VideoViews
 from kineticlip.config import Config
-from kineticlip.errors import UserError
+from kineticlip.data.batch import VideoViews
 from kineticlip.formats import load_into
-from kineticlip.resnet import ModifiedResNet
-from kineticlip.vision import VisionTransformer
-from kineticlip.weights import Weights
+from kineticlip.models.architectures import ResNetShape
+from kineticlip.models.resnet import ModifiedResNet
+from kineticlip.models.vision import VisionTransformer
+from kineticlip.models.weights import Weights
+from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

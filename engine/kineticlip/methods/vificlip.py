@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kineticlip.batch import VideoViews
 from kineticlip.config import Config, ContrastiveConfig
-from kineticlip.errors import UserError
+from kineticlip.data.batch import VideoViews
 from kineticlip.methods import contrastive
 from kineticlip.methods.contrastive import ContrastiveCLIP
 from kineticlip.methods.head import cosine_logits, kernels_of, own_loss, view_scores
 from kineticlip.methods.method import Method
 from kineticlip.methods.trunk import embed_views
+from kineticlip.runtime.errors import UserError
 
 
 def build(config: Config, class_names: Sequence[str]) -> ContrastiveCLIP:

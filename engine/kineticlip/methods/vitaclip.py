@@ -17,11 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.architectures import VisionShape
-from kineticlip.batch import Batch, VideoViews
-from kineticlip.classifier import SUFFIX, build_classifier
 from kineticlip.config import Config
-from kineticlip.errors import UserError
+from kineticlip.data.batch import Batch, VideoViews
 from kineticlip.formats import load_into
 from kineticlip.methods.clips import embed_distinct
 from kineticlip.methods.head import check_single_labels, cosine_logits, kernels_of, view_scores
@@ -31,8 +28,11 @@ from kineticlip.methods.prompts_vision import VisionPrompts
 from kineticlip.methods.text4vis import LOGIT_SCALE
 from kineticlip.methods.text_side import adopt_text_tower, own_text_tower, under
 from kineticlip.methods.trunk import FrozenTensors, build_visual, seeded
-from kineticlip.text import encode_embedded
-from kineticlip.weights import Weights, resolve_weights
+from kineticlip.models.architectures import VisionShape
+from kineticlip.models.classifier import SUFFIX, build_classifier
+from kineticlip.models.text import encode_embedded
+from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.architectures import Architecture, VisionShape
-from kineticlip.batch import Batch, VideoViews
 from kineticlip.config import Config
-from kineticlip.errors import UserError
+from kineticlip.data.batch import Batch, VideoViews
 from kineticlip.formats import load_into
 from kineticlip.methods.clips import distinct_clips
 from kineticlip.methods.head import average_views, cross_entropy, kernels_of
@@ -26,10 +24,12 @@ from kineticlip.methods.prompts_vision import BlockPrompts
 from kineticlip.methods.text4vis import LOGIT_SCALE
 from kineticlip.methods.text_side import adopt_text_tower, own_text_tower, under
 from kineticlip.methods.trunk import FrozenTensors, build_visual, seeded
-from kineticlip.prompts import expand_templates, render
-from kineticlip.text import BATCH, encode_text, tokenize
-from kineticlip.transformer import Block, LayerNorm, Transformer
-from kineticlip.weights import Weights, resolve_weights
+from kineticlip.models.architectures import Architecture, VisionShape
+from kineticlip.models.prompts import expand_templates, render
+from kineticlip.models.text import BATCH, encode_text, tokenize
+from kineticlip.models.transformer import Block, LayerNorm, Transformer
+from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.runtime.errors import UserError
 
 
 class Messages(nn.Module):

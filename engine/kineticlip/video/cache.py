@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 from kineticlip.video.container import MAX_PIXELS, check_regular_file
 from kineticlip.video.probe import TURNS, Probe, Scan, scan
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import av
 from av.stream import Discard, Disposition
 
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 
 # What FFmpeg may guess a file to be. Its list ends before everything that reads further files or
 # the network: playlists (hls, dash, concat), session descriptions (sdp, rtsp), image patterns.

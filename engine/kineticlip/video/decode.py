@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kineticlip.errors import UserError, did_you_mean
+from kineticlip.runtime.errors import UserError, did_you_mean
 from kineticlip.video import torchcodec
 from kineticlip.video.cache import ProbeCache
 from kineticlip.video.container import Unsuitable, VideoError

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from kineticlip.errors import UserError
+from kineticlip.runtime.errors import UserError
 from kineticlip.video.container import MAX_PIXELS, VideoError
 from kineticlip.video.pictures import Frames
 

@@ -26,13 +26,7 @@ from kineticlip.video.container import (
     decoding_failed,
     open_container,
 )
-from kineticlip.video.packets import (
-    Table,
-    build_table,
-    demux,
-    select,
-    why_not_by_packets,
-)
+from kineticlip.video.packets import Table, build_table, demux, select, why_not_by_packets
 
 # Packet data held at once when a file is read without its table; larger files are read twice.
 HELD_BYTES = 64 << 20

@@ -1,0 +1,1 @@
+"""From lists and labels to batches: sampling, views, augmentation, loaders."""

@@ -1,0 +1,1 @@
+"""From entries to scores to results: the recogniser, protocols, features and embeddings."""

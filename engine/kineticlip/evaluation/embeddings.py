@@ -1,0 +1,67 @@
+"""Embeddings of whole videos, for classifiers that are fitted to them.
+
+Shape letters: N videos, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kineticlip.config import Config
+from kineticlip.data.lists import Entry
+from kineticlip.data.loader import BadVideo, TestLoader
+from kineticlip.evaluation.loop import Scored, default_chunk, prepare, score_stream
+from kineticlip.methods.text4vis import TEXT4VIS, embed_videos, video_model
+from kineticlip.models.weights import resolve_weights
+from kineticlip.runtime.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """matrix: float32 [N, E]; labels: int64 [N]; bad: the videos that could not be read."""
+
+    matrix: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    bad: tuple[BadVideo, ...]
+
+
+def video_embeddings(
+    config: Config, entries: Sequence[Entry], *, device: torch.device, progress: bool = False
+) -> Embeddings:
+    """Text4Vis's embedding of each video: the mean over the configured test views, unnormalised.
+
+    With text4vis.header `mean` that is CLIP's own, averaged over the frames. Raises UserError
+    where no video can be read.
+    """
+    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
+    model = prepare(video_model(config, weights), config.eval.precision, device)
+    stream = score_stream(
+        model,
+        replace(TEXT4VIS, score=embed_videos),
+        TestLoader(entries, config, pipeline=TEXT4VIS.pipeline),
+        device=device,
+        chunk=config.eval.batch_frames or default_chunk(device),
+    )
+    rows, labels, names, bad = [], [], [], []
+    for item in tqdm(stream, total=len(entries), unit="video", disable=not progress):
+        if isinstance(item, Scored):
+            rows.append(item.scores)
+            labels.append(item.video.label)
+            names.append(item.video.name)
+        else:
+            bad.append(item)
+    if not rows:
+        reason = f" ({bad[0].name}: {bad[0].reason})" if bad else ""
+        raise UserError(f"none of {len(entries)} videos could be embedded{reason}")
+    return Embeddings(
+        matrix=torch.stack(rows),
+        labels=torch.tensor(labels),
+        names=tuple(names),
+        bad=tuple(bad),
+    )

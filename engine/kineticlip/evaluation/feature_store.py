@@ -1,0 +1,305 @@
+"""What a frozen trunk makes of a list of videos, written once: heads then train in seconds.
+
+A folder holds `index.jsonl`, a journal whose first line says what everything was made with, and
+shards of tensors; a line of the journal names the videos of one shard, which is there already.
+Letters: U distinct frames and V distinct crops of a video, K clips, T frames, N tokens, D width,
+E embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from kineticlip.config import Config
+from kineticlip.data.batch import Batch, VideoViews
+from kineticlip.data.lists import Entry
+from kineticlip.data.loader import BadVideo, TrainLoader, pipeline_of
+from kineticlip.formats.files import write_safetensors
+from kineticlip.methods.evl import EVL
+from kineticlip.methods.method import Method
+from kineticlip.methods.text4vis import VideoCLIP
+from kineticlip.runtime.errors import UserError
+from kineticlip.runtime.journal import Journal, first_difference, read_journal
+
+INDEX = "index.jsonl"
+SHARD_BYTES = 1 << 28
+FORMAT = 1
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a trunk is cut. name: what comes out; encode: images [M, 3, S, S] -> rows [M, ...]."""
+
+    name: str
+    encode: Callable[[Tensor], Tensor]
+
+
+def cut_of(model: nn.Module) -> Cut:
+    """The place with the fewest numbers behind which nothing frozen is lost.
+
+    EVL: tokens [N, D] before the first block that its decoder reads, a twelfth of what the
+    decoder reads, for a third (ViT-B) or a sixth (ViT-L) of the trunk computed again. Others:
+    frame embeddings [E]. UserError for a trunk that is trained or sees whole clips.
+    """
+    if isinstance(model, EVL):
+        if model.finetune:
+            raise UserError("evl.finetune: features are of a frozen trunk; turn it off")
+        shape = model.decoder.shape
+        return Cut(f"tokens before block {shape.trunk.layers - shape.layers}", model.first_tokens)
+    if isinstance(model, VideoCLIP) and not model.per_clip:
+        return Cut("frame embeddings", cast("Callable[[Tensor], Tensor]", model.visual))
+    raise UserError(
+        "features: only of the trunks of evl, and of text4vis where it sees single frames "
+        "(this one mixes them, or its text side needs the videos)"
+    )
+
+
+def facts_of(config: Config, method: Method, model: nn.Module) -> Facts:
+    """What features depend on beside the videos: rows of equal facts are interchangeable."""
+    data = config.data
+    return {
+        "format": FORMAT,
+        "rows": cut_of(model).name,
+        "arch": config.model.arch,
+        "trunk": _digest(model),
+        "pipeline": pipeline_of(data, method.pipeline),
+        "num_frames": data.num_frames,
+        "resolution": data.resolution,
+        "something": data.something,
+        "sampling": config.test.sampling,
+        "sampling_rate": data.sampling_rate,
+        "clips": config.test.clips,
+        "crops": config.test.crops,
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    """SHA-256 of the trunk's parameters, rounded to the bf16 that it may have been cast to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.get_submodule("visual").state_dict().items()):
+        if name != "proj" and not name.startswith("ln_post"):  # EVL's files leave them out
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_features(
+    folder: str | Path,
+    stream: Callable[[Sequence[Entry]], Iterable[VideoViews | BadVideo]],
+    entries: Sequence[Entry],
+    *,
+    model: nn.Module,
+    facts: Mapping[str, Any],
+    device: torch.device,
+    chunk: int,
+    shard_bytes: int = SHARD_BYTES,
+    done: Callable[[int], object] = lambda count: None,
+) -> tuple[int, int]:
+    """Encodes the entries that the folder lacks -> (videos written, unreadable ones).
+
+    stream(entries) gives their views, in order; every distinct image is encoded once. Rows keep
+    the trunk's dtype. A kill loses the shard that was being filled, and no more. UserError where
+    the folder was made with other settings or is being written.
+    """
+    folder, encode = Path(folder), cut_of(model).encode
+    journal = Journal(folder / INDEX, facts)
+    with closing(journal):
+        known = {name for row in journal.rows for name in (*row["videos"], *row["bad"])}
+        todo = [entry for entry in {e.name: e for e in entries}.values() if entry.name not in known]
+        shard = _Shard(folder, journal, len(journal.rows))
+        for item in stream(todo):
+            if isinstance(item, BadVideo):
+                shard.bad[item.name] = item.reason
+            else:
+                shard.add(item, encode_images(encode, item.images, device, chunk))
+            done(1)
+            if shard.size >= shard_bytes:
+                shard = shard.finish()
+        last = shard.finish()
+        rows = [*journal.rows, *last.written]
+    return len(todo) - sum(len(r["bad"]) for r in last.written), sum(len(r["bad"]) for r in rows)
+
+
+def encode_images(
+    encode: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, chunk: int
+) -> Tensor:
+    """[U, V, 3, S, S] -> [U, V, ...] on the CPU."""
+    flat = images.flatten(0, 1).split(chunk)
+    with torch.inference_mode():
+        rows = torch.cat([encode(part.to(device)).cpu() for part in flat])
+    views: Tensor = rows.unflatten(0, images.shape[:2])
+    return views
+
+
+class _Shard:
+    """Videos on their way to one file, and the journal lines of this process so far."""
+
+    def __init__(self, folder: Path, journal: Journal, number: int) -> None:
+        self.folder, self.journal, self.number = folder, journal, number
+        self.tensors: dict[str, Tensor] = {}
+        self.videos: dict[str, Facts] = {}
+        self.bad: dict[str, str] = {}
+        self.written: list[Facts] = []
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def add(self, video: VideoViews, rows: Tensor) -> None:
+        key = str(len(self.tensors))
+        self.tensors[key] = rows
+        self.videos[video.name] = {
+            "key": key,
+            "frame_index": video.frame_index.tolist(),
+            "crop_index": video.crop_index.tolist(),
+            "decoder": video.decoder,
+            "num_frames": video.num_frames,
+        }
+
+    def finish(self) -> _Shard:
+        """Writes file, then line; -> an empty shard behind this one."""
+        if not self.videos and not self.bad:
+            return self
+        name = f"{self.number:06d}.safetensors"
+        if self.tensors:
+            write_safetensors(self.folder / name, self.tensors, {"format": "kineticlip-features"})
+        line = {"shard": name, "videos": self.videos, "bad": self.bad}
+        self.journal.append(line)
+        self.journal.sync()
+        after = _Shard(self.folder, self.journal, self.number + 1)
+        after.written = [*self.written, line]
+        return after
+
+
+class FeatureStore:
+    """A folder of features, open for reading. UserError where it does not fit the run.
+
+    any_views: the number and kind of views need not be those of the configuration.
+    """
+
+    def __init__(
+        self, folder: str | Path, facts: Mapping[str, Any], *, any_views: bool = False
+    ) -> None:
+        self.folder = Path(folder)
+        there, *lines = read_journal(self.folder / INDEX)
+        views = ("clips", "crops", "sampling") if any_views else ()
+        known = {key: value for key, value in there.items() if key not in views}
+        wanted = {key: value for key, value in facts.items() if key not in views}
+        if difference := first_difference(known, wanted):
+            raise UserError(f"data.features: {folder}: {difference}")
+        self.bad: dict[str, str] = {
+            name: why for line in lines for name, why in line["bad"].items()
+        }
+        self._places = {
+            name: (line["shard"], place) for line in lines for name, place in line["videos"].items()
+        }
+        self._open = lru_cache(maxsize=64)(self._open_shard)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places or name in self.bad
+
+    def read(self, entry: Entry) -> VideoViews | BadVideo:
+        """One video's views; images are rows [U, V, ...]. UserError for a missing one."""
+        if entry.name in self.bad:
+            return BadVideo(entry.name, entry.label, self.bad[entry.name])
+        if entry.name not in self._places:
+            raise UserError(f"data.features: {self.folder} has no '{entry.name}'")
+        shard, place = self._places[entry.name]
+        return VideoViews(
+            name=entry.name,
+            label=entry.label,
+            images=self._open(shard).get_tensor(place["key"]),
+            frame_index=torch.tensor(place["frame_index"]),
+            crop_index=torch.tensor(place["crop_index"]),
+            decoder=place["decoder"],
+            num_frames=place["num_frames"],
+        )
+
+    def _open_shard(self, name: str) -> Any:
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"data.features: {self.folder / name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class FeatureViews:
+    """Stands for a TestLoader: every world-th entry from rank on, from a store."""
+
+    store: FeatureStore
+    entries: Sequence[Entry]
+    rank: int = 0
+    world: int = 1
+
+    def __iter__(self) -> Iterator[VideoViews | BadVideo]:
+        return (self.store.read(entry) for entry in self.entries[self.rank :: self.world])
+
+
+class FeatureClips:
+    """Stands for a TrainLoader: batches in its order, clips [T, ...] from a store.
+
+    Videos have several views: pass p shows view p + index of a video, round and round. Unreadable
+    videos are left out of the list.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        entries: Sequence[Entry],
+        config: Config,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        listed = {entry.name: entry.label for entry in entries}
+        self.bad = {
+            name: BadVideo(name, listed[name], why)
+            for name, why in store.bad.items()
+            if name in listed
+        }
+        self.refilled = 0
+        self._store = store
+        good = [entry for entry in entries if entry.name not in self.bad]
+        self._order = TrainLoader(good, config, rank=rank, world=world)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from micro-batch `start` on; pixels: rows [B, T, ...]."""
+        for number in range(epoch * len(self) + start, (epoch + 1) * len(self)):
+            places = [self._order.locate(place) for place in self._order.places(number)]
+            entries = [self._order.entries[index] for _, index in places]
+            yield Batch(
+                pixels=torch.stack([self._clip(*place) for place in places]),
+                labels=torch.tensor([entry.label for entry in entries]),
+                names=tuple(entry.name for entry in entries),
+            )
+
+    def _clip(self, turn: int, index: int) -> Tensor:
+        video = self._store.read(self._order.entries[index])
+        assert isinstance(video, VideoViews)
+        crop, clip = divmod((turn + index) % video.num_views, len(video.frame_index))
+        rows: Tensor = video.images[video.frame_index[clip], video.crop_index[crop]]
+        return rows
+
+
+def open_store(
+    config: Config, method: Method, model: nn.Module, *, any_views: bool = False
+) -> FeatureStore:
+    """The store of data.features, checked against the model, whose trunk is frozen for good."""
+    facts = facts_of(config, method, model)
+    model.get_submodule("visual").requires_grad_(False)
+    return FeatureStore(config.data.features, facts, any_views=any_views)

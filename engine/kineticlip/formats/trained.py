@@ -1,0 +1,65 @@
+"""The weights that a training run hands on: a state dict with all that using it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kineticlip import __version__
+from kineticlip.config import Config, config_to_dict
+from kineticlip.formats.convert import save_checkpoint
+from kineticlip.formats.load import read_checkpoint
+from kineticlip.runtime.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedWeights:
+    """Weights of a finished run. config and class_names are empty in files of other code bases.
+
+    classifier: where the classifier matrix came from, as the run recorded it.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    classifier: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
+
+
+def export_weights(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    config: Config,
+    class_names: Sequence[str],
+    step: int,
+    classifier: Mapping[str, Any],
+) -> None:
+    """Writes a state dict as safetensors with all that using it takes; whole or not at all."""
+    facts = {
+        "config": config_to_dict(config),
+        "class_names": list(class_names),
+        "step": step,
+        "classifier": dict(classifier),
+    }
+    metadata = {key: json.dumps(value) for key, value in facts.items()}
+    save_checkpoint(path, dict(tensors), {"version": __version__, **metadata})
+
+
+def load_weights(path: str | Path) -> TrainedWeights:
+    """Reads weights of any known format; UserError for a file of none, or a damaged one."""
+    checkpoint = read_checkpoint(path)
+    own = {"config", "class_names", "step", "classifier"}
+    if not own <= checkpoint.metadata.keys():
+        return TrainedWeights(tensors=checkpoint.tensors)
+    try:
+        facts = {key: json.loads(checkpoint.metadata[key]) for key in own}
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata cannot be read: {error}") from None
+    facts["class_names"] = tuple(facts["class_names"])
+    return TrainedWeights(tensors=checkpoint.tensors, **facts)

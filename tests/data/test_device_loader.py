@@ -1,0 +1,91 @@
+"""The GPU's way from files to views, run on the CPU: the same bytes as the threads' way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from kineticlip.commands.demo.clips import render_clip, write_clip
+from kineticlip.config import load_config
+from kineticlip.data.batch import VideoViews
+from kineticlip.data.device_loader import NO_ROOM, DeviceLoader, why_not_on_device
+from kineticlip.data.lists import Entry
+from kineticlip.data.loader import BadVideo, TestLoader
+from kineticlip.video import VideoError
+from kineticlip.video.batch_reader import Decoded, Request
+
+CPU = torch.device("cpu")
+SETTINGS = ["data.resolution=48", "data.num_frames=3", "test.clips=2", "test.crops=3"]
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
+    root = tmp_path_factory.mktemp("clips")
+    paths = [root / f"{number}.mp4" for number in range(3)]
+    for number, path in enumerate(paths):
+        write_clip(path, render_clip(number, number, np.random.default_rng(number)))
+    (root / "broken.mp4").write_text("not a video")
+    paths.insert(1, root / "broken.mp4")
+    paths.append(root / "absent.mp4")
+    return [Entry(path.name, str(path), number) for number, path in enumerate(paths)]
+
+
+@pytest.mark.parametrize("pipeline", ["text4vis", "bike", "evl"])
+def test_views_equal_those_of_the_threads(entries: list[Entry], pipeline: str) -> None:
+    config = load_config(None, SETTINGS)
+    loader = DeviceLoader(entries, config, device=CPU, pipeline=pipeline)
+    there = list(loader)
+    here = list(TestLoader(entries, config, pipeline=pipeline))
+    assert len(there) == len(here) == len(loader) == 5
+    for a, b in zip(there, here, strict=True):
+        if isinstance(b, BadVideo):
+            assert a == b
+            continue
+        assert isinstance(a, VideoViews) and isinstance(b, VideoViews)
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.frame_index, b.frame_index)
+        assert torch.equal(a.crop_index, b.crop_index)
+        assert (a.name, a.label, a.num_frames) == (b.name, b.label, b.num_frames)
+    assert loader.choice.startswith("pyav: ")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "device", "reason"),
+    [
+        ((), "cpu", "no GPU"),
+        (("data.decoder=pyav",), "cuda", "data.decoder=pyav"),
+        (("data.pipeline=evl",), "cuda", ""),
+        ((), "cuda", ""),
+    ],
+)
+def test_the_choice_has_a_reason(pairs: tuple[str, ...], device: str, reason: str) -> None:
+    why = why_not_on_device(load_config(None, [*SETTINGS, *pairs]), torch.device(device))
+    assert why.startswith(reason) and bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize("room", [2, 1, 0])
+def test_out_of_memory_no_video_is_lost(
+    entries: list[Entry], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device with room for the frames of `room` videos at a time."""
+    config = load_config(None, SETTINGS)
+    loader = DeviceLoader(entries, config, device=CPU)
+    read = loader._reader.read
+
+    def tight(requests: Sequence[Request]) -> list[Decoded | VideoError]:
+        if len(requests) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(requests)
+
+    monkeypatch.setattr(loader._reader, "read", tight)
+    there, here = list(loader), list(TestLoader(entries, config))
+    assert len(there) == len(here)
+    for a, b in zip(there, here, strict=True):
+        if isinstance(a, BadVideo) or isinstance(b, BadVideo):
+            assert a == b
+        else:
+            assert a.name == b.name and torch.equal(a.images, b.images)
+            assert a.notes == (() if room else (NO_ROOM,))
