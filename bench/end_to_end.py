@@ -38,13 +38,13 @@ from decode import write_clip
 from kernel_results import keep
 from kineticlip.config import Config, load_config
 from kineticlip.data.device_loader import DeviceLoader, why_not_on_device
-from kineticlip.data.lists import Entry
+from kineticlip.data.entries import Entry
 from kineticlip.data.loader import TestLoader
 from kineticlip.data.sampling import sample_test
 from kineticlip.data.views import CLIP_MEAN, CLIP_STD, geometry
 from kineticlip.evaluation.loop import Clock, Scored, score_stream
+from kineticlip.evaluation.ready import make_steady
 from kineticlip.evaluation.recognizer import Recognizer, load_recognizer, pick_device
-from kineticlip.models.packed import make_steady
 from kineticlip.runtime.machine import machine_record, software_record
 from limits import Limits, product_rates
 

@@ -31,9 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernel_results import keep
 from kineticlip.config import EvlConfig
+from kineticlip.methods.cost import evl as evl_parts
 from kineticlip.methods.evl_decoder import Decoder, decoder_shape
 from kineticlip.models.architectures import VisionShape, architecture
-from kineticlip.models.cost import evl as evl_parts
 from kineticlip.models.transformer import Tap
 from kineticlip.runtime.machine import machine_record, software_record
 from kineticlip_kernels.evl import offsets

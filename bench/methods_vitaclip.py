@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kineticlip.config import Config, DataConfig, ModelConfig
 from kineticlip.data.batch import VideoViews
-from kineticlip.data.lists import read_labels
+from kineticlip.data.labels import read_labels
+from kineticlip.methods.cost import vitaclip as parts_of
 from kineticlip.methods.prompts_vision import VisionPrompts
 from kineticlip.methods.vitaclip import VITACLIP, VitaCLIP, build
 from kineticlip.models.architectures import Architecture, VisionShape, architecture
 from kineticlip.models.cost import totals
-from kineticlip.models.cost import vitaclip as parts_of
 from kineticlip.models.vision import VisionTransformer
 
 VIEWS = 3

@@ -1,85 +1,82 @@
-"""Imports go one direction: the layers below, bottom first."""
+"""Rooms import only rooms before them, and no module reaches itself again through its imports."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ENGINE = Path(__file__).parents[1] / "engine" / "kineticlip"
-KERNELS = Path(__file__).parents[1] / "kernels" / "kineticlip_kernels"
+ENGINE = Path(__file__).parents[1] / "engine"
+PACKAGE = "kineticlip"
 
-# A module may import its own layer and the layers above it in this list, never a later one.
-LAYERS = (
-    {"errors"},
-    {"config", "official"},
-    {"batch", "prompts", "distributed", "measure", "journal"},
-    {"video"},
-    {"sampling", "views", "randaugment", "augment", "dataset", "loader", "prepare"},
-    {"architectures", "info", "info_kin"},
-    {"transformer", "vision", "resnet", "temporal", "formats", "weights", "text", "classifier"},
-    {"checkpoint"},
-    {"methods"},
-    {"metrics", "rows", "results", "protocols", "optim", "deepspeed_config"},
-    {"train", "train_log", "validation", "launch", "evaluate", "predictor", "features", "demo"}
-    | {"adopt", "average"}
-    | {"feature_cache"}
-    | {"attributes", "inference", "fp8_tower", "parallel_eval", "device_loader", "list_eval"},
-    {"report", "report_data", "figures", "parity"},
-    {"commands"},
-    {"cli", "__main__"},
+# A room may import itself and the rooms before it, lazily or not; never a later one.
+ROOMS = (
+    "runtime",
+    "config",
+    "video",
+    "data",
+    "formats",
+    "models",
+    "methods",
+    "evaluation",
+    "training",
+    "report",
+    "commands",
+    "__main__",
 )
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+RANK = {room: rank for rank, room in enumerate(ROOMS)}
 
 
-def modules(root: Path) -> Iterator[Path]:
-    return (
-        path for path in root.rglob("*.py") if path.name != "__init__.py" or path.parent != root
-    )
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ENGINE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer_of(path: Path) -> str:
-    return path.relative_to(ENGINE).parts[0].removesuffix(".py")
+MODULES = {module_of(path): path for path in sorted((ENGINE / PACKAGE).rglob("*.py"))}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import of the package, those inside functions included."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            if node.module == "kineticlip":
-                yield from ((node.lineno, f"kineticlip.{alias.name}") for alias in node.names)
-            else:
-                yield node.lineno, node.module
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield node.lineno, inner if inner in MODULES else node.module
 
 
-@pytest.mark.parametrize("path", sorted(modules(ENGINE)), ids=lambda p: str(p.relative_to(ENGINE)))
-def test_engine_imports_only_downward(path: Path) -> None:
-    own = layer_of(path)
-    assert own in RANK, f"{own} has no place in LAYERS"
-    for line, name in imports(path):
-        parts = name.split(".")
-        if parts[0] != "kineticlip" or len(parts) < 2 or parts[1] == "__version__":
+def own_imports(path: Path) -> Iterator[tuple[int, str]]:
+    return ((line, name) for line, name in imports(path) if name.split(".")[0] == PACKAGE)
+
+
+def test_there_are_modules_in_every_room() -> None:
+    found = {name.split(".")[1] for name in MODULES if "." in name}
+    assert found == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if "." in name])
+def test_a_room_imports_only_rooms_before_it(name: str) -> None:
+    own = name.split(".")[1]
+    for line, imported in own_imports(MODULES[name]):
+        if imported == PACKAGE:  # __version__
             continue
-        assert parts[1] in RANK, f"{path}:{line}: {name} has no place in LAYERS"
-        assert RANK[parts[1]] <= RANK[own], f"{path}:{line}: {own} must not import {name}"
+        room = imported.split(".")[1]
+        assert RANK[room] <= RANK[own], f"{MODULES[name]}:{line}: {own} must not import {imported}"
 
 
-@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: p.name)
-def test_kernels_never_import_the_engine(path: Path) -> None:
-    roots = {name.split(".")[0] for _, name in imports(path)}
-    assert "kineticlip" not in roots, f"{path} imports the engine"
-    if not path.stem.endswith("_triton"):
-        top = {
-            name.split(".")[0]
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-            )
-        }
-        assert "triton" not in top, f"{path} imports triton before it is chosen"
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name: {found for _, found in own_imports(MODULES[name])} for name in MODULES}
+    for name, found in graph.items():
+        found.discard(name)
+        # A package is loaded before its modules: the front doors of rooms are imports, too.
+        parent = name.rpartition(".")[0]
+        if parent in found:
+            assert not graph[parent] & {name}, f"{name} and its package import each other"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from kineticlip.methods.cost import vitaclip
 from kineticlip.models.architectures import architecture
-from kineticlip.models.cost import text, totals, vitaclip
+from kineticlip.models.cost import text, totals
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 

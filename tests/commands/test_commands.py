@@ -15,11 +15,11 @@ import torch
 from kineticlip.__main__ import COMMANDS, build_parser, main
 from kineticlip.commands.demo.clips import render_clip, write_clip, write_start_weights
 from kineticlip.config import load_config
+from kineticlip.formats.trained import export_weights
 from kineticlip.methods import METHODS
 from kineticlip.models.architectures import architecture
 from kineticlip.models.text import text_tower
 from kineticlip.models.vision import VisionTransformer
-from kineticlip.training.checkpoint import export_weights
 
 TINY = ["--set", "model.arch=ViT-tiny-16", "--set", "data.resolution=64"]
 UNTRAINED = ["--weights", "random", *TINY, "--set", "eval.precision=fp32"]

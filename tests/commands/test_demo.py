@@ -18,7 +18,8 @@ from kineticlip.commands.demo.clips import (
     sentences,
     write_start_weights,
 )
-from kineticlip.data.lists import read_labels, read_list
+from kineticlip.data.labels import read_labels
+from kineticlip.data.lists import read_list
 from kineticlip.formats import read_checkpoint
 from kineticlip.video import open_video
 

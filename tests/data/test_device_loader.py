@@ -10,10 +10,10 @@ import torch
 
 from kineticlip.commands.demo.clips import render_clip, write_clip
 from kineticlip.config import load_config
-from kineticlip.data.batch import VideoViews
+from kineticlip.data.batch import BadVideo, VideoViews
 from kineticlip.data.device_loader import NO_ROOM, DeviceLoader, why_not_on_device
-from kineticlip.data.lists import Entry
-from kineticlip.data.loader import BadVideo, TestLoader
+from kineticlip.data.entries import Entry
+from kineticlip.data.loader import TestLoader
 from kineticlip.video import VideoError
 from kineticlip.video.batch_reader import Decoded, Request
 

@@ -8,16 +8,10 @@ from pathlib import Path
 import pytest
 
 from kineticlip.config import load_config, override
-from kineticlip.data.lists import (
-    BUILT_IN,
-    Entry,
-    few_shot,
-    read_labels,
-    read_list,
-    scoring_list,
-    split_words,
-    training_list,
-)
+from kineticlip.data.entries import Entry
+from kineticlip.data.few_shot import few_shot
+from kineticlip.data.labels import BUILT_IN, read_labels, split_words
+from kineticlip.data.lists import read_list, scoring_list, training_list
 from kineticlip.data.loader import TrainLoader
 from kineticlip.models.prompts import ENSEMBLES, TEMPLATES, expand_templates, render
 from kineticlip.runtime.errors import UserError

@@ -17,9 +17,10 @@ from PIL import Image
 
 from kineticlip.config import Config, load_config
 from kineticlip.data import loader
-from kineticlip.data.batch import Batch, VideoViews
-from kineticlip.data.lists import Entry, read_list
-from kineticlip.data.loader import BadVideo, TrainLoader, run_ahead, views_of
+from kineticlip.data.batch import BadVideo, Batch, VideoViews
+from kineticlip.data.entries import Entry
+from kineticlip.data.lists import read_list
+from kineticlip.data.loader import TrainLoader, run_ahead, views_of
 from kineticlip.data.sampling import text4vis_uniform_test
 from kineticlip.data.views import apply_pillow, text4vis_geometry
 from kineticlip.runtime.errors import UserError

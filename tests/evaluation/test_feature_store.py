@@ -14,9 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from kineticlip.__main__ import main
 from kineticlip.config import Config, load_config
-from kineticlip.data.batch import VideoViews
-from kineticlip.data.lists import Entry
-from kineticlip.data.loader import BadVideo
+from kineticlip.data.batch import BadVideo, VideoViews
+from kineticlip.data.entries import Entry
 from kineticlip.evaluation.feature_store import (
     INDEX,
     FeatureClips,

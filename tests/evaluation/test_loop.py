@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from kineticlip.commands.demo.clips import render_clip, write_clip
 from kineticlip.config import Config, load_config
-from kineticlip.data.batch import VideoViews
-from kineticlip.data.lists import Entry
-from kineticlip.data.loader import BadVideo, TestLoader
+from kineticlip.data.batch import BadVideo, VideoViews
+from kineticlip.data.entries import Entry
+from kineticlip.data.loader import TestLoader
 from kineticlip.data.sampling import sample_test
 from kineticlip.evaluation import loop as evaluate
-from kineticlip.evaluation.loop import Clock, Scored, prepare, score_stream
+from kineticlip.evaluation.loop import Clock, Scored, score_stream
+from kineticlip.evaluation.ready import prepare
 from kineticlip.methods import METHODS
 from kineticlip.methods.method import Method
 from kineticlip.runtime.errors import UserError

@@ -17,7 +17,9 @@ from sklearn.metrics import average_precision_score
 
 from kineticlip.__main__ import main
 from kineticlip.config import Config, load_config
-from kineticlip.data.lists import Entry, few_shot, read_list
+from kineticlip.data.entries import Entry
+from kineticlip.data.few_shot import few_shot, write_few_shot
+from kineticlip.data.lists import read_list
 from kineticlip.evaluation import metrics
 from kineticlip.evaluation.protocols import (
     PROTOCOLS,
@@ -25,7 +27,6 @@ from kineticlip.evaluation.protocols import (
     collect,
     measure,
     over_splits,
-    write_few_shot,
 )
 from kineticlip.evaluation.results import read_results
 from kineticlip.runtime.errors import UserError

@@ -19,11 +19,11 @@ from kineticlip.config import (
     load_config,
 )
 from kineticlip.evaluation.recognizer import config_of, with_weights
+from kineticlip.formats.trained import export_weights
 from kineticlip.methods import METHODS
 from kineticlip.models.architectures import architecture
 from kineticlip.models.text import encode_text, text_tower, tokenize
 from kineticlip.runtime.errors import UserError
-from kineticlip.training.checkpoint import export_weights
 
 NAMES = ("a red ball", "a blue ball", "growing")
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kineticlip.__main__ import main
+from kineticlip.methods.cost import evl, header, text4vis, vitaclip
 from kineticlip.models.architectures import ResNetShape, TextShape, VisionShape, architecture
-from kineticlip.models.cost import Part, evl, header, resnet, text, text4vis, totals, vit, vitaclip
+from kineticlip.models.cost import Part, resnet, text, totals, vit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = VisionShape(resolution=32, patch=8, width=64, layers=3, heads=4, embed=32, mlp_width=192)

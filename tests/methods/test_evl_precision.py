@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from kineticlip.formats.trained import load_weights
 from kineticlip.methods.evl import EVL, EVL_METHOD, build, cast_trunk
 from kineticlip.runtime.distributed import Ranks, initialise
 from kineticlip.runtime.errors import UserError
 from kineticlip.training import loop
-from kineticlip.training.checkpoint import load_weights
 from kineticlip.training.loop import Outcome, train
 from official_run import NAMES, Clips, settings
 from toy_training import rows

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kineticlip.evaluation.loop import prepare
+from kineticlip.evaluation.ready import prepare
 from kineticlip.models.architectures import VisionShape
 from kineticlip.models.fp8 import EightBitBlock, quantize_tower
 from kineticlip.models.vision import VisionTransformer

@@ -12,22 +12,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kineticlip.config import load_config
-from kineticlip.evaluation.loop import prepare
+from kineticlip.evaluation.ready import make_steady, prepare, probe_chunk
 from kineticlip.methods import METHODS
 from kineticlip.models import packed as inference
 from kineticlip.models.architectures import architecture
 from kineticlip.models.packed import (
     ByteLinear,
     PackedLinear,
-    SteadyTower,
     compile_bytes,
-    compiled,
     fused_quantise,
-    make_steady,
     pack_tower,
-    probe_chunk,
     quantise_rows,
 )
+from kineticlip.models.steady import SteadyTower, compiled
 from kineticlip.models.vision import VisionTransformer
 from kineticlip.runtime.errors import UserError
 

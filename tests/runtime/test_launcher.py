@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from kineticlip.__main__ import main
+from kineticlip.formats.trained import load_weights
 from kineticlip.runtime.distributed import free_port
-from kineticlip.training.checkpoint import load_weights
 from toy_training import plain_torch, rows, toy_config
 
 PROGRAM = Path(__file__).parents[1] / "toy_training.py"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from kineticlip.formats import read_optimiser
+from kineticlip.formats.trained import load_weights
 from kineticlip.runtime.distributed import Ranks, free_port, initialise
 from kineticlip.runtime.errors import UserError
 from kineticlip.training import loop as train
-from kineticlip.training.checkpoint import load_weights
 from official_run import STOP, go_on, plain_run
 from toy_training import rows
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kineticlip.config import Config
+from kineticlip.formats.trained import load_weights
 from kineticlip.runtime.distributed import Ranks, initialise
 from kineticlip.runtime.errors import UserError
 from kineticlip.training import loop
 from kineticlip.training.average import WeightAverage
-from kineticlip.training.checkpoint import load_weights
 from kineticlip.training.loop import train
 from toy_training import ALONE, TOY, Toy, ToyLoader, toy_config
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from kineticlip.config import Config, DataConfig, OptimConfig, TrainConfig
+from kineticlip.formats.trained import export_weights, load_weights
 from kineticlip.runtime.distributed import Ranks
 from kineticlip.runtime.errors import UserError
 from kineticlip.training import checkpoint as checkpoints
@@ -22,9 +23,7 @@ from kineticlip.training.checkpoint import (
     Progress,
     commit,
     committed,
-    export_weights,
     find_resumable,
-    load_weights,
     read_manifest,
 )
 

@@ -57,9 +57,7 @@ def processes() -> ForkServerContext:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        
         ["kineticlip.evaluation.recognizer", "kineticlip.evaluation.results", __name__]
-    
     )
     process = context.Process(target=int)  # starts the server
     process.start()

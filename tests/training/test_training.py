@@ -18,6 +18,7 @@ from torch import nn
 
 from kineticlip.config import Config, OptimConfig, Text4VisConfig, TrainConfig, load_config
 from kineticlip.data.batch import Batch
+from kineticlip.formats.trained import load_weights
 from kineticlip.methods import METHODS
 from kineticlip.methods.text4vis import VideoCLIP
 from kineticlip.models.classifier import Classifier
@@ -25,7 +26,6 @@ from kineticlip.models.temporal import TEMPORAL_MODULES, TemporalTransformer
 from kineticlip.models.vision import VisionTransformer
 from kineticlip.runtime.distributed import initialise
 from kineticlip.runtime.errors import UserError
-from kineticlip.training.checkpoint import load_weights
 from kineticlip.training.loop import Outcome, train
 from text4vis_golden import ARCHITECTURE, GOLDEN, arrays, tensors
 from toy_training import ALONE, CLASSES, TOY, Toy, ToyLoader, plain_torch, rows, toy_config

@@ -19,7 +19,7 @@ from video_clips import number_of, picture, read_plainly
 
 from kineticlip.__main__ import main
 from kineticlip.data import prepare
-from kineticlip.data.lists import Entry
+from kineticlip.data.entries import Entry
 from kineticlip.runtime.errors import UserError
 from kineticlip.video import ProbeCache, VideoError, open_video, plan_frames
 from kineticlip.video.cache import NAME, cache_path

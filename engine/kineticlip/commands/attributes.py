@@ -50,7 +50,8 @@ def _extract(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from safetensors.torch import save
 
-    from kineticlip.data.lists import read_labels, training_list
+    from kineticlip.data.labels import read_labels
+    from kineticlip.data.lists import training_list
     from kineticlip.evaluation.metrics import topk_accuracy
     from kineticlip.evaluation.recognizer import pick_device
     from kineticlip.runtime.journal import write_atomic
@@ -82,7 +83,7 @@ def _train(args: argparse.Namespace) -> int:
 def _fuse(args: argparse.Namespace) -> int:
     import torch
 
-    from kineticlip.data.lists import read_labels
+    from kineticlip.data.labels import read_labels
     from kineticlip.evaluation.metrics import topk_accuracy
     from kineticlip.evaluation.recognizer import pick_device
     from kineticlip.evaluation.results import read_results

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> Classifier:
     from dataclasses import replace
 
-    from kineticlip.data.lists import read_labels
+    from kineticlip.data.labels import read_labels
     from kineticlip.models.classifier import build_classifier
 
     config = configured(args)
@@ -144,7 +144,8 @@ def _embedded(args: argparse.Namespace, config: Config, names: tuple[str, ...]) 
     """CLIP's own embeddings, without a temporal header, of some training videos a class."""
     from dataclasses import replace
 
-    from kineticlip.data.lists import few_shot, training_list
+    from kineticlip.data.few_shot import few_shot
+    from kineticlip.data.lists import training_list
     from kineticlip.evaluation.embeddings import video_embeddings
     from kineticlip.evaluation.recognizer import pick_device
 

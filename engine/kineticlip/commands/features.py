@@ -24,10 +24,11 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from kineticlip.data.lists import read_labels, read_list
+    from kineticlip.data.labels import read_labels
+    from kineticlip.data.lists import read_list
     from kineticlip.data.loader import TestLoader
     from kineticlip.evaluation.feature_store import facts_of, write_features
-    from kineticlip.evaluation.loop import default_chunk, prepare
+    from kineticlip.evaluation.ready import default_chunk, prepare
     from kineticlip.evaluation.recognizer import pick_device
     from kineticlip.methods import method_named
     from kineticlip.runtime.errors import UserError

@@ -69,7 +69,8 @@ def describe(config: Config, classes: int) -> dict[str, Any]:
 
 
 def _text4vis(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.models.cost import text, text4vis
+    from kineticlip.methods.cost import text4vis
+    from kineticlip.models.cost import text
 
     layers = config.text4vis.header_layers if config.text4vis.header == "transformer" else 0
     tower = text(model.text, classes)
@@ -91,9 +92,9 @@ def _contrastive(config: Config, model: Architecture, classes: int) -> list[Part
 
 
 def _evl(config: Config, model: Architecture, classes: int) -> list[Part]:
+    from kineticlip.methods.cost import evl
     from kineticlip.methods.evl_decoder import decoder_shape
     from kineticlip.models.architectures import VisionShape
-    from kineticlip.models.cost import evl
 
     if not isinstance(model.vision, VisionShape):
         raise UserError(f"model.arch: EVL reads a vision transformer, {model.name} is none")
@@ -119,8 +120,8 @@ def _evl(config: Config, model: Architecture, classes: int) -> list[Part]:
 
 
 def _vitaclip(config: Config, model: Architecture, classes: int) -> list[Part]:
+    from kineticlip.methods.cost import vitaclip
     from kineticlip.models.architectures import VisionShape
-    from kineticlip.models.cost import vitaclip
 
     if not isinstance(model.vision, VisionShape):
         raise UserError(f"model.arch: {model.name} is a ResNet; it takes no prompts")
@@ -141,7 +142,8 @@ def _vitaclip(config: Config, model: Architecture, classes: int) -> list[Part]:
 
 def _vificlip(config: Config, model: Architecture, classes: int) -> list[Part]:
     """CLIP's towers and nothing else; which of them train is the configuration's choice."""
-    from kineticlip.models.cost import text, text4vis
+    from kineticlip.methods.cost import text4vis
+    from kineticlip.models.cost import text
 
     def trains(part: Part) -> bool:
         return config.vificlip.train_text if part.once else config.vificlip.train_visual

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from kineticlip.data.lists import read_labels
+    from kineticlip.data.labels import read_labels
     from kineticlip.evaluation.recognizer import (
         load_recognizer,
         pick_device,

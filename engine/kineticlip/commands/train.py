@@ -72,7 +72,8 @@ def check_inputs(config: Config, *, world_size: int) -> None:
     """UserError for settings and lists that are wrong, before a process is started."""
     import torch
 
-    from kineticlip.data.lists import read_labels, training_list
+    from kineticlip.data.labels import read_labels
+    from kineticlip.data.lists import training_list
     from kineticlip.methods import method_named
     from kineticlip.runtime.errors import UserError
     from kineticlip.training.loop import check_settings
@@ -123,10 +124,11 @@ def _train(config: Config, ranks: Ranks, resume: str, start: str) -> int:
     import sys
     from dataclasses import asdict
 
-    from kineticlip.data.lists import read_labels, training_list
+    from kineticlip.data.few_shot import write_few_shot
+    from kineticlip.data.labels import read_labels
+    from kineticlip.data.lists import training_list
     from kineticlip.data.loader import TrainLoader
     from kineticlip.evaluation.feature_store import FeatureClips, open_store
-    from kineticlip.evaluation.protocols import write_few_shot
     from kineticlip.methods import method_named
     from kineticlip.runtime.distributed import gather, initialise
     from kineticlip.runtime.journal import dump_json, write_atomic

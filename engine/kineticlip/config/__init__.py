@@ -8,15 +8,15 @@ from kineticlip.config.load import (
     read_config,
 )
 from kineticlip.config.schema import (
+    CLIP_LOAD,
+    EIGHT_BITS,
     ActionClipConfig,
     BikeConfig,
-    CLIP_LOAD,
     ClassifierConfig,
     Compile,
     Config,
     ContrastiveConfig,
     DataConfig,
-    EIGHT_BITS,
     EvalConfig,
     EvalPrecision,
     EvlConfig,
@@ -33,15 +33,15 @@ from kineticlip.config.schema import (
 )
 
 __all__ = [
+    "CLIP_LOAD",
+    "EIGHT_BITS",
     "ActionClipConfig",
     "BikeConfig",
-    "CLIP_LOAD",
     "ClassifierConfig",
     "Compile",
     "Config",
     "ContrastiveConfig",
     "DataConfig",
-    "EIGHT_BITS",
     "EvalConfig",
     "EvalPrecision",
     "EvlConfig",

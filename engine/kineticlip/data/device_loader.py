@@ -16,16 +16,9 @@ from itertools import islice
 import torch
 
 from kineticlip.config import Config
-from kineticlip.data.batch import VideoViews
-from kineticlip.data.lists import Entry
-from kineticlip.data.loader import (
-    BadVideo,
-    open_entry,
-    pipeline_of,
-    run_ahead,
-    scoring_cache,
-    views_of,
-)
+from kineticlip.data.batch import BadVideo, VideoViews
+from kineticlip.data.entries import Entry
+from kineticlip.data.loader import open_entry, pipeline_of, run_ahead, scoring_cache, views_of
 from kineticlip.data.sampling import sample_test
 from kineticlip.data.views import Geometry, apply_tensor, geometry
 from kineticlip.video import Plan, ProbeCache, VideoError, VideoSource, plan_frames

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from kineticlip.config import Config, DataConfig
 from kineticlip.data.augment import augment
-from kineticlip.data.batch import Batch, VideoViews
-from kineticlip.data.lists import Entry
+from kineticlip.data.batch import BadVideo, Batch, VideoViews
+from kineticlip.data.entries import Entry
 from kineticlip.data.sampling import ClipRandom, sample_test, sample_train
 from kineticlip.data.views import apply_pillow, apply_tensor, geometry
 from kineticlip.runtime.errors import UserError

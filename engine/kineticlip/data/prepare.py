@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kineticlip.data.lists import Entry, VideoList, read_list
+from kineticlip.data.entries import Entry, VideoList
+from kineticlip.data.lists import read_list
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.journal import write_atomic
 from kineticlip.video import Probe, ProbeCache, VideoError, open_video

@@ -13,9 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kineticlip.config import Config
-from kineticlip.data.lists import Entry
-from kineticlip.data.loader import BadVideo, TestLoader
-from kineticlip.evaluation.loop import Scored, default_chunk, prepare, score_stream
+from kineticlip.data.batch import BadVideo
+from kineticlip.data.entries import Entry
+from kineticlip.data.loader import TestLoader
+from kineticlip.evaluation.loop import Scored, score_stream
+from kineticlip.evaluation.ready import default_chunk, prepare
 from kineticlip.methods.text4vis import TEXT4VIS, embed_videos, video_model
 from kineticlip.models.weights import resolve_weights
 from kineticlip.runtime.errors import UserError

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kineticlip.config import Config
-from kineticlip.data.batch import Batch, VideoViews
-from kineticlip.data.lists import Entry
-from kineticlip.data.loader import BadVideo, TrainLoader, pipeline_of
+from kineticlip.data.batch import BadVideo, Batch, VideoViews
+from kineticlip.data.entries import Entry
+from kineticlip.data.loader import TrainLoader, pipeline_of
 from kineticlip.formats.files import write_safetensors
 from kineticlip.methods.evl import EVL
 from kineticlip.methods.method import Method

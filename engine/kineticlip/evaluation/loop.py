@@ -16,22 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kineticlip.config import EvalPrecision
-from kineticlip.data.batch import VideoViews
-from kineticlip.data.loader import BadVideo
+from kineticlip.data.batch import BadVideo, VideoViews
 from kineticlip.evaluation.results import ResultWriter
 from kineticlip.methods.method import Method
 from kineticlip.models.architectures import CLIP_MEAN, CLIP_STD
-from kineticlip.models.fp8 import quantize_tower
-from kineticlip.models.packed import pack_tower
-from kineticlip.runtime.errors import UserError
 
 # A full group is scored again, to know the model's own speed; one view of a video where that would
 # take longer than CEILING_LIMIT, and nothing where even that would, and a quarter of the run.
 CEILING_LIMIT = 10.0  # seconds
 CEILING_SECONDS = 2.0  # at most; short runs spend 2 % of their time on it, one group at least
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES["int8"] = DTYPES["fp8"] = torch.bfloat16  # of everything but the tower's products
 GROUP = {"cpu": 1, "cuda": 4}  # full chunks of one group: what its last, smaller one weighs
 
 
@@ -86,45 +79,6 @@ class Scored:
 
     video: VideoViews
     scores: Tensor
-
-
-def prepare(
-    model: nn.Module, precision: EvalPrecision, device: torch.device, *, packed: bool = False
-) -> nn.Module:
-    """Moves the model to the device for inference; the trunk `visual` runs in `precision`.
-
-    The weights themselves are cast (not autocast): on a CPU that is twice as fast, and heads and
-    classifiers stay in float32. packed: the trunk's large layers in the CPU's own format, which
-    takes no further weights; int8 and fp8 are bf16 without it. Raises UserError for fp16 on a CPU,
-    which is slower than fp32, for int8 on a GPU, and for fp8 where nothing multiplies it.
-    """
-    if precision == "int8" and device.type != "cpu":
-        raise UserError("eval.precision=int8 is for CPUs; on a GPU use bf16 or fp8")
-    if precision == "fp8":
-        _check_fp8(device)
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("eval.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
-    model = model.to(device).eval().requires_grad_(False)
-    trunk = model.get_submodule("visual")
-    if packed and device.type == "cpu":
-        pack_tower(trunk, precision)
-    elif packed and precision == "fp8":
-        quantize_tower(trunk)
-    trunk.to(DTYPES[precision])
-    return model
-
-
-def _check_fp8(device: torch.device) -> None:
-    if device.type == "cpu":
-        raise UserError("eval.precision=fp8 is for GPUs; on a CPU use int8 or bf16")
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"eval.precision=fp8: {name} has no 8-bit floats; use bf16")
-
-
-def default_chunk(device: torch.device) -> int:
-    """Images per trunk forward when nothing was probed: a CPU's caches like few of them."""
-    return 16 if device.type == "cpu" else 256
 
 
 def score_stream(

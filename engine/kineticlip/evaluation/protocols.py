@@ -6,20 +6,16 @@ C classes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kineticlip.config import Config
-from kineticlip.data.lists import Entry
+from kineticlip.data.entries import Entry
 from kineticlip.evaluation import metrics
 from kineticlip.runtime.errors import UserError, did_you_mean
-from kineticlip.runtime.journal import write_atomic
 
 Extra = dict[str, Any]
 

@@ -12,23 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from kineticlip.config import EIGHT_BITS, Config, Text4VisConfig, config_from_dict
-from kineticlip.data.batch import VideoViews
-from kineticlip.data.loader import BadVideo, views_of
-from kineticlip.evaluation.loop import (
-    Scored,
-    compare_precisions,
-    default_chunk,
-    prepare,
-    score_stream,
-)
+from kineticlip.data.batch import BadVideo, VideoViews
+from kineticlip.data.loader import views_of
+from kineticlip.evaluation.loop import Scored, compare_precisions, score_stream
+from kineticlip.evaluation.ready import default_chunk, prepare
 from kineticlip.evaluation.results import UNTRAINED
 from kineticlip.formats import read_checkpoint
+from kineticlip.formats.trained import load_weights
 from kineticlip.methods import method_named
 from kineticlip.methods.method import Method
 from kineticlip.models.architectures import architecture, recognise
 from kineticlip.models.weights import resolve_weights
 from kineticlip.runtime.errors import UserError
-from kineticlip.training.checkpoint import load_weights
 
 TEXT_TOWER = "token_embedding.weight"  # a file with this has the tower whole
 

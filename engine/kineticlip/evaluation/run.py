@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from kineticlip.config import EIGHT_BITS, Config
-from kineticlip.data.batch import VideoViews
+from kineticlip.data.batch import BadVideo, VideoViews
 from kineticlip.data.device_loader import DeviceLoader, why_not_on_device
-from kineticlip.data.lists import Entry, VideoList, read_labels, scoring_list
-from kineticlip.data.loader import BadVideo, TestLoader
+from kineticlip.data.entries import Entry, VideoList
+from kineticlip.data.labels import read_labels
+from kineticlip.data.lists import scoring_list
+from kineticlip.data.loader import TestLoader
 from kineticlip.evaluation.feature_store import FeatureViews, open_store
 from kineticlip.evaluation.loop import evaluate_videos
 from kineticlip.evaluation.processes import check_same_run, remove_run, take_over_parts
 from kineticlip.evaluation.protocols import check_protocols, collect, measure
+from kineticlip.evaluation.ready import make_steady
 from kineticlip.evaluation.recognizer import Recognizer, compare_first, load_recognizer, pick_device
 from kineticlip.evaluation.results import ResultWriter, earlier_summary, protocol_fingerprint
-from kineticlip.models.packed import make_steady
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.machine import machine_record
 

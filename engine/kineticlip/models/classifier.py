@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kineticlip.config import Config
-from kineticlip.data.lists import read_labels
+from kineticlip.data.labels import read_labels
 from kineticlip.models.architectures import architecture
 from kineticlip.models.prompts import expand_templates, render
 from kineticlip.models.text import text_features

@@ -18,18 +18,16 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kineticlip import __version__
 from kineticlip.config import Config, config_to_dict
-from kineticlip.formats import read_checkpoint, save_checkpoint
 from kineticlip.runtime.distributed import Ranks, barrier
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.journal import dump_json, write_atomic

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from kineticlip.config import Config
 from kineticlip.data.batch import Batch
+from kineticlip.formats.trained import export_weights
 from kineticlip.methods.method import Method
 from kineticlip.runtime.distributed import Ranks, barrier
 from kineticlip.runtime.errors import UserError
@@ -182,7 +183,7 @@ def train(
         if ranks.is_first:
             exported = {WEIGHTS: state} | ({AVERAGED: average.mean} if average.mean else {})
             for name, tensors in exported.items():
-                checkpoints.export_weights(
+                export_weights(
                     config.output_dir / name,
                     tensors,
                     config=config,

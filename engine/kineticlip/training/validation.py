@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kineticlip.config import Config, ViewConfig
-from kineticlip.data.lists import Entry, scoring_list
+from kineticlip.data.entries import Entry
+from kineticlip.data.lists import scoring_list
 from kineticlip.data.loader import TestLoader
 from kineticlip.evaluation.feature_store import FeatureViews, open_store
-from kineticlip.evaluation.loop import Scored, default_chunk, prepare, score_stream
+from kineticlip.evaluation.loop import Scored, score_stream
 from kineticlip.evaluation.metrics import mean_average_precision, topk_accuracy
+from kineticlip.evaluation.ready import default_chunk, prepare
 from kineticlip.methods.method import Method
 from kineticlip.runtime.distributed import Ranks, gather
 from kineticlip.runtime.errors import UserError

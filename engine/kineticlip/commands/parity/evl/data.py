@@ -22,7 +22,7 @@ from kineticlip.commands.parity.check import Check, compare, exactly
 from kineticlip.config import Config, DataConfig, TrainConfig, ViewConfig
 from kineticlip.data.augment import apply_evl, draw_evl_box
 from kineticlip.data.batch import VideoViews
-from kineticlip.data.lists import Entry
+from kineticlip.data.entries import Entry
 from kineticlip.data.loader import TrainLoader
 from kineticlip.data.randaugment import EVL_STYLE, Step, apply_steps, draw_evl
 from kineticlip.data.sampling import ClipRandom, sample_test, sample_train

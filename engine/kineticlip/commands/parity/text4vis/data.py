@@ -17,7 +17,8 @@ from kineticlip.commands.parity.check import Check, compare, exactly
 from kineticlip.commands.parity.text4vis.files import SUMS, Golden
 from kineticlip.config import DataConfig, ViewConfig
 from kineticlip.data.augment import augment
-from kineticlip.data.lists import few_shot, read_list
+from kineticlip.data.few_shot import few_shot
+from kineticlip.data.lists import read_list
 from kineticlip.data.sampling import ClipRandom, sample_test, sample_train
 from kineticlip.data.views import apply_pillow, geometry, resize_pillow
 from kineticlip.models.architectures import CLIP_MEAN, CLIP_STD

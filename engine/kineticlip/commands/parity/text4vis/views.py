@@ -25,10 +25,12 @@ from kineticlip.commands.parity.text4vis.files import (
 from kineticlip.commands.parity.text4vis.models import build_case, case_config
 from kineticlip.config import Config, Precision, ViewConfig
 from kineticlip.data.batch import VideoViews
-from kineticlip.data.lists import Entry, read_list
+from kineticlip.data.entries import Entry
+from kineticlip.data.lists import read_list
 from kineticlip.data.loader import TestLoader
 from kineticlip.data.sampling import sample_test
-from kineticlip.evaluation.loop import default_chunk, evaluate_videos, prepare
+from kineticlip.evaluation.loop import evaluate_videos
+from kineticlip.evaluation.ready import default_chunk, prepare
 from kineticlip.evaluation.results import ResultWriter, protocol_fingerprint, read_results
 from kineticlip.methods.text4vis import TEXT4VIS, VideoCLIP
 from kineticlip.methods.trunk import embed_views

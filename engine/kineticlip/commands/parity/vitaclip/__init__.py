@@ -22,7 +22,7 @@ from kineticlip.commands.parity.vitaclip.data import data_checks
 from kineticlip.commands.parity.vitaclip.trace import record, trace_checks
 from kineticlip.config import ClassifierConfig, Config, DataConfig, OptimConfig, VitaConfig
 from kineticlip.data.batch import Batch, VideoViews
-from kineticlip.data.lists import read_labels
+from kineticlip.data.labels import read_labels
 from kineticlip.formats import TARGETS
 from kineticlip.formats.names import split_projections
 from kineticlip.formats.table import apply_rules

@@ -17,7 +17,7 @@ from kineticlip.commands.parity.check import Check, compare, exactly
 from kineticlip.config import Config, DataConfig, OptimConfig, TrainConfig
 from kineticlip.data.augment import apply_evl, augment, draw_evl_box
 from kineticlip.data.batch import VideoViews
-from kineticlip.data.lists import Entry
+from kineticlip.data.entries import Entry
 from kineticlip.data.loader import TestLoader, TrainLoader
 from kineticlip.data.randaugment import EVL_STYLE, draw_evl
 from kineticlip.data.sampling import ClipRandom, segment_train, strided_test, strided_train
