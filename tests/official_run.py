@@ -23,7 +23,8 @@ from kineticlip.formats import convert, save_checkpoint
 from kineticlip.methods import METHODS
 from kineticlip.runtime.distributed import Ranks, finish, initialise, read_ranks
 from kineticlip.training.adopt import starting_point
-from kineticlip.training.loop import Outcome, train
+from kineticlip.training.job import Job, Outcome, Validate
+from kineticlip.training.loop import train
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("juggling", "yoga", "zumba")
@@ -156,20 +157,21 @@ def go_on(
     *more: str,
     ranks: Ranks,
     device: torch.device,
+    validate: Validate | None = None,
 ) -> Outcome:
     """The engine's run from such a file to the end."""
     config, resume, file = starting_point(settings(method, output, *more), str(start))
-    return train(
-        config,
-        METHODS[method],
+    job = Job(
+        config=config,
+        method=METHODS[method],
         model=METHODS[method].build(config, NAMES),
         loader=Clips(ranks),
         ranks=ranks,
         device=device,
         class_names=NAMES,
-        resume=resume,
-        start=file,
+        validate=validate,
     )
+    return train(job, resume=resume, official=file)
 
 
 def main(argument: str) -> int:

@@ -23,6 +23,7 @@ from kineticlip.config import Config, DataConfig, OptimConfig, TrainConfig
 from kineticlip.data.batch import Batch
 from kineticlip.methods.method import Method
 from kineticlip.runtime.distributed import Ranks, finish, initialise, read_ranks
+from kineticlip.training.job import Job
 from kineticlip.training.loop import train
 from kineticlip.training.optim import Timetable, rate_factor
 
@@ -160,15 +161,16 @@ def main(argument: str) -> int:
         loader = ToyLoader(
             length, config.train.micro_batch_size, ranks, delay=plan.get("delay", 0.0)
         )
-        train(
-            config,
-            TOY,
+        job = Job(
+            config=config,
+            method=TOY,
             model=Toy(run.get("drop_out", 0.1)),
             loader=loader,
             ranks=ranks,
             device=device,
             class_names=[f"class {index}" for index in range(CLASSES)],
         )
+        train(job)
     if ranks.is_first:
         print("done", flush=True)
     return finish(0, ranks)

@@ -14,8 +14,8 @@ from kineticlip.formats.trained import load_weights
 from kineticlip.methods.evl import EVL, EVL_METHOD, build, cast_trunk
 from kineticlip.runtime.distributed import Ranks, initialise
 from kineticlip.runtime.errors import UserError
-from kineticlip.training import loop
-from kineticlip.training.loop import Outcome, train
+from kineticlip.training.job import Job, Outcome, Validate
+from kineticlip.training.loop import train
 from official_run import NAMES, Clips, settings
 from toy_training import rows
 
@@ -38,17 +38,21 @@ def lively(*more: str) -> EVL:
     return model
 
 
-def run(output: Path, device: torch.device, *more: str) -> Outcome:
+def run(
+    output: Path, device: torch.device, *more: str, validate: Validate | None = None
+) -> Outcome:
     config = settings("evl", output, "evl.backbone_precision=bf16", *more)
-    return train(
-        config,
-        EVL_METHOD,
+    job = Job(
+        config=config,
+        method=EVL_METHOD,
         model=lively(),
         loader=Clips(Ranks()),
         ranks=Ranks(),
         device=device,
         class_names=NAMES,
+        validate=validate,
     )
+    return train(job)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -80,19 +84,20 @@ def test_the_trunk_alone_is_rounded(precision: str) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_training_resumes_to_the_bit_and_exports_the_trunk_as_it_came(
-    tmp_path: Path, device: torch.device, stage: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    device: torch.device,
+    stage: int,
 ) -> None:
     options = (f"train.zero_stage={stage}", "train.checkpoint_every=2", "train.eval_every=0")
     whole = run(tmp_path / "whole", device, *options)
 
-    def interrupt(engine: Any) -> None:
-        assert engine.engine.module.visual.conv1.weight.dtype == torch.bfloat16
-        assert engine.engine.module.decoder.cls_token.dtype == torch.float32
+    def interrupt(model: Any, step: int) -> dict[str, Any]:
+        assert model.visual.conv1.weight.dtype == torch.bfloat16
+        assert model.decoder.cls_token.dtype == torch.float32
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop._Run, "_evaluate", interrupt)  # behind the last step: 4 of 5 are saved
-        run(tmp_path / "broken", device, *options)
+    with pytest.raises(KeyboardInterrupt):  # behind the last step: 4 of 5 are saved
+        run(tmp_path / "broken", device, *options, validate=interrupt)
     broken = run(tmp_path / "broken", device, *options)
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
     ours, theirs = (load_weights(outcome.weights).tensors for outcome in (broken, whole))

@@ -18,7 +18,7 @@ from kineticlip.formats import read_optimiser
 from kineticlip.formats.trained import load_weights
 from kineticlip.runtime.distributed import Ranks, free_port, initialise
 from kineticlip.runtime.errors import UserError
-from kineticlip.training import loop as train
+from kineticlip.training.steps import TrainingRun
 from official_run import STOP, go_on, plain_run
 from toy_training import rows
 
@@ -104,15 +104,14 @@ def test_the_same_command_goes_on_from_the_runs_own_checkpoint(
     device: torch.device,
     runs: dict[str, Run],
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt(run: Any) -> None:
+    def interrupt(model: Any, step: int) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     options = ("train.checkpoint_every=1", "train.eval_every=0")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train._Run, "_evaluate", interrupt)  # after the last step, not saved yet
-        go_on("evl", runs["evl"][0], tmp_path, *options, ranks=Ranks(), device=device)
+    here: dict[str, Any] = {"ranks": Ranks(), "device": device}
+    with pytest.raises(KeyboardInterrupt):  # after the last step, not saved yet
+        go_on("evl", runs["evl"][0], tmp_path, *options, **here, validate=interrupt)
     assert f"goes on after step 2, from {runs['evl'][0]}" in capsys.readouterr().err
     go_on("evl", runs["evl"][0], tmp_path, *options, ranks=Ranks(), device=device)
     assert "goes on after step 4, from " in capsys.readouterr().err
@@ -209,7 +208,7 @@ def test_masters_of_a_bf16_run_take_the_moments_unrounded(
     state = read_optimiser(runs["evl"][0])
     seen: list[str] = []
 
-    def look(run: Any, loader: Any) -> None:
+    def look(run: Any) -> None:
         for name, parameter in run.engine.module.named_parameters():
             for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
                 found = safe_get_full_optimizer_state(parameter, moment)
@@ -217,7 +216,7 @@ def test_masters_of_a_bf16_run_take_the_moments_unrounded(
                 seen.append(name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train._Run, "to_the_end", look)
+    monkeypatch.setattr(TrainingRun, "to_the_end", look)
     options = (f"train.zero_stage={stage}", "train.precision=bf16")
     with pytest.raises(KeyboardInterrupt):
         go_on("evl", runs["evl"][0], tmp_path, *options, ranks=Ranks(), device=device)

@@ -26,7 +26,8 @@ from kineticlip.models.temporal import TEMPORAL_MODULES, TemporalTransformer
 from kineticlip.models.vision import VisionTransformer
 from kineticlip.runtime.distributed import initialise
 from kineticlip.runtime.errors import UserError
-from kineticlip.training.loop import Outcome, train
+from kineticlip.training.job import Job, Outcome
+from kineticlip.training.loop import train
 from text4vis_golden import ARCHITECTURE, GOLDEN, arrays, tensors
 from toy_training import ALONE, CLASSES, TOY, Toy, ToyLoader, plain_torch, rows, toy_config
 
@@ -50,12 +51,15 @@ def device() -> Iterator[torch.device]:
 
 def run(config: Config, device: torch.device, **options: Any) -> Outcome:
     settings: dict[str, Any] = {
+        "method": TOY,
         "model": Toy(0.0),
         "loader": ToyLoader(16, config.train.micro_batch_size, ALONE),
         "class_names": NAMES,
         "classifier": {"source": "text"},
     }
-    return train(config, TOY, ranks=ALONE, device=device, **{**settings, **options})
+    resume = options.pop("resume", "auto")
+    job = Job(config=config, ranks=ALONE, device=device, **{**settings, **options})
+    return train(job, resume=resume)
 
 
 @pytest.mark.parametrize(("stage", "clipping"), [(0, 0.0), (0, 0.3), (1, 0.3), (2, 0.0), (3, 0.3)])
@@ -170,7 +174,7 @@ def test_steps_that_are_not_finite_are_left_out(
     config = toy_config(tmp_path, zero_stage=stage, precision=precision, max_skipped_steps=2)
     loader = ToyLoader(16, 2, ALONE)
     method = broken_loss({5, 13})  # of the second and fourth step
-    outcome = train(config, method, model=Toy(0.0), loader=loader, ranks=ALONE, device=device)
+    outcome = run(config, device, method=method, loader=loader)
     found = rows(tmp_path)
     assert [row["skipped_steps"] for row in found] == [0, 1, 1, 2, 2, 2, 2, 2]
     assert [row["loss"] is None for row in found] == [False, True, False, True] + [False] * 4
@@ -184,14 +188,7 @@ def test_too_many_steps_in_a_row_end_the_run(tmp_path: Path, device: torch.devic
     config = toy_config(tmp_path, max_skipped_steps=2, log_every=100)
     method = broken_loss(set(range(8, 16)))
     with pytest.raises(UserError, match=r"2 steps in a row .* \(up to step 4\); lower optim.lr"):
-        train(
-            config,
-            method,
-            model=Toy(),
-            loader=ToyLoader(16, 2, ALONE),
-            ranks=ALONE,
-            device=device,
-        )
+        run(config, device, method=method, model=Toy(), loader=ToyLoader(16, 2, ALONE))
     assert [row["skipped_steps"] for row in rows(tmp_path)] == [0, 0, 1, 2]
     assert not (tmp_path / "finished.json").exists()
 
@@ -351,14 +348,15 @@ def test_the_official_training_run(
 
     model = official_model(header, module)
     with pytest.raises(Stop):
-        train(
-            config,
-            replace(METHODS["text4vis"], loss=loss),
+        job = Job(
+            config=config,
+            method=replace(METHODS["text4vis"], loss=loss),
             model=model,
             loader=OfficialLoader(GOLDEN_LOOP["epochs_run"]),
             ranks=ALONE,
             device=device,
         )
+        train(job)
     assert losses == pytest.approx(golden["loss_per_iter"], abs=1e-4)
     found = rows(tmp_path)
     assert [[2 * row["step"], *row["lr"]] for row in found] == [

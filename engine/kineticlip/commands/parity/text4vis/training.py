@@ -24,6 +24,7 @@ from kineticlip.data.batch import Batch
 from kineticlip.methods.text4vis import TEXT4VIS, VideoCLIP
 from kineticlip.models.temporal import TokenConv
 from kineticlip.runtime.distributed import Ranks, initialise
+from kineticlip.training.job import Job
 from kineticlip.training.loop import train
 from kineticlip.training.optim import Timetable, rate_factor
 
@@ -152,14 +153,15 @@ def _run_loop(golden: Golden, kind: str, device: torch.device) -> RecordedRun:
         solver = golden.json("train_loop")["solver"]
         config = _loop_config(solver, loader.labels.shape[1], folder)
         with contextlib.suppress(RecordingEnds), contextlib.redirect_stderr(io.StringIO()):
-            train(
-                config,
-                replace(TEXT4VIS, loss=loss),
+            job = Job(
+                config=config,
+                method=replace(TEXT4VIS, loss=loss),
                 model=model,
                 loader=loader,
                 ranks=Ranks(),
                 device=device,
             )
+            train(job)
         text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return RecordedRun(
