@@ -56,3 +56,23 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         failures(copy)
     assert main(["parity", "evl", str(copy)]) == 2
     assert "eval.safetensors" in capsys.readouterr().err
+
+
+def test_what_the_engine_has_no_form_for_fails_by_name_and_the_rest_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "evl"
+    shutil.copytree(GOLDEN, copy)
+    sizes = json.loads((copy / "rect" / "config.json").read_text())
+    sizes["patch_size"] = [8, 16]
+    (copy / "rect" / "config.json").write_text(json.dumps(sizes))
+    record = json.loads((copy / "checkpoint_mini.json").read_text())
+    del record["lr_sched"]
+    (copy / "checkpoint_mini.json").write_text(json.dumps(record))
+    assert main(["parity", "evl", str(copy)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    rect = next(line for line in lines if line.startswith("rect: replayed "))
+    assert rect.endswith("FAIL  patches of 8 x 16: the engine's are square")
+    last = next(line for line in lines if line.startswith("checkpoint: replayed "))
+    assert "FAIL  KeyError: 'lr_sched' (files.py:" in last
+    assert any(line.startswith("lr: used ") for line in lines)

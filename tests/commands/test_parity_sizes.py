@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kineticlip.commands.parity import vitaclip as parity
+from kineticlip.commands.parity.check import Check
+from kineticlip.commands.parity.vitaclip import scoring, training
+from kineticlip.commands.parity.vitaclip.golden import Golden, clips_of
 from kineticlip.formats.table import apply_rules
 from kineticlip.formats.targets import TARGETS
 from kineticlip.methods.vitaclip import VitaCLIP, vita_model
@@ -26,6 +29,8 @@ from kineticlip.models.weights import Weights
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 from methods_vitaclip import _plain_clips, _plain_text
+
+Part = Callable[[Golden], Iterator[Check]]
 
 NAMES = ["abseiling", "brush_hair", "tai chi", "playing didgeridoo"]
 CFG = {
@@ -61,7 +66,7 @@ def plain_step(model: Any, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> parity.Golden:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Golden:
     folder = tmp_path_factory.mktemp("golden")
     rows, variants = tokens()
     config = {"cfg": CFG, "classes": NAMES, "init_text": "a", "lr": 4e-4, "weight_decay": 0.05}
@@ -71,9 +76,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> parity.Golden:
     save_file(
         {"x_int8_div32": stored.to(torch.int8), "labels": labels}, folder / "inputs.safetensors"
     )
-    blank = parity.Golden(
+    blank = Golden(
         folder=folder, scratch=folder, config=config, variants=variants, weights={},
-        clips=parity.clips_of(stored.to(torch.int8)), labels=labels,
+        clips=clips_of(stored.to(torch.int8)), labels=labels,
     )  # fmt: skip
     shape = blank.architecture
     assert (shape.vision.resolution, shape.vision.height) == (48, 32)
@@ -83,7 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> parity.Golden:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     config["trainable"] = sorted(
-        parity.official({n: p for n, p in model.named_parameters() if p.requires_grad})
+        training.official({n: p for n, p in model.named_parameters() if p.requires_grad})
     )
     (folder / "config.json").write_text(json.dumps(config))
     weights = official(model)
@@ -94,7 +99,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> parity.Golden:
     features, logits, loss = plain_step(model.train(), blank.clips, labels)
     loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    grads = {f"csc_end.split1.grad.{n}": g.clone() for n, g in parity.official(found).items()}
+    grads = {f"csc_end.split1.grad.{n}": g.clone() for n, g in training.official(found).items()}
     save_file({**grads, "csc_end.split1.loss": loss.detach()}, folder / "grads.safetensors")
     context = model.prompt_learner.ctx.detach().clone()
     outputs = {"video_feature": features[:2], "logits": logits[:2]}
@@ -108,17 +113,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> parity.Golden:
         folder / "text_variants.safetensors",
     )
     scratch = tmp_path_factory.mktemp("scratch")
-    return parity.Golden.read(folder, scratch)
+    return Golden.read(folder, scratch)
 
 
-@pytest.mark.parametrize("part", ["tokens", "text_variants", "vision_variants", "gradients"])
-def test_other_sizes_pass(made: parity.Golden, part: str) -> None:
-    found = list(getattr(parity, part)(made))
+@pytest.mark.parametrize(
+    "part",
+    [scoring.tokens, scoring.text_variants, scoring.vision_variants, training.gradients],
+)
+def test_other_sizes_pass(made: Golden, part: Part) -> None:
+    found = list(part(made))
     assert len(found) >= 2
     assert [f"{c.name}: {c.error:.1e} {c.detail}" for c in found if not c.passed] == []
 
 
-def test_and_the_replay_can_fail(made: parity.Golden) -> None:
+def test_and_the_replay_can_fail(made: Golden) -> None:
     rolled = made.weights["visual.pos_embed"].roll(1, dims=0)
-    wrong = parity.Golden(**{**vars(made), "weights": {**made.weights, "visual.pos_embed": rolled}})
-    assert not all(check.passed for check in parity.vision_variants(wrong))
+    wrong = Golden(**{**vars(made), "weights": {**made.weights, "visual.pos_embed": rolled}})
+    assert not all(check.passed for check in scoring.vision_variants(wrong))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kineticlip.__main__ import main
-from kineticlip.commands.parity.evl import load_model
+from kineticlip.commands.parity.evl.model import load_model
 from kineticlip.config import Config, load_config
 from kineticlip.data.batch import Batch, VideoViews
 from kineticlip.methods import METHODS

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip.commands.parity.vitaclip import Accumulating
+from kineticlip.commands.parity.vitaclip.training import Accumulating
 from kineticlip.config import (
     ClassifierConfig,
     Config,

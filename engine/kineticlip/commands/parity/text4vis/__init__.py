@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from kineticlip.commands.parity.check import Check
+from kineticlip.commands.parity.check import Check, attempt
 from kineticlip.commands.parity.text4vis.bike import bike_checks
 from kineticlip.commands.parity.text4vis.data import (
     augmentation_checks,
@@ -78,11 +78,13 @@ def checks(folder: Path) -> Iterator[Check]:
     every = parts(golden)
     with ThreadPoolExecutor(1) as beside:
         waiting = [
-            beside.submit(lambda part: list(part(golden)), every.pop(name))
+            beside.submit(
+                lambda name, part: list(attempt(name, part(golden))), name, every.pop(name)
+            )
             for name in APART
             if name in every
         ]
-        for part in every.values():
-            yield from part(golden)
+        for name, part in every.items():
+            yield from attempt(name, part(golden))
         for future in waiting:
             yield from future.result()
