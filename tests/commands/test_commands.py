@@ -63,7 +63,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; from kineticlip.cli import build_parser; build_parser('eval');"
+    code = "import sys; from kineticlip.__main__ import build_parser; build_parser('eval');"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -22,9 +22,10 @@ import os, sys
 import torch
 from pathlib import Path
 from kineticlip.config import load_config
-from kineticlip.dataset import Entry
-from kineticlip.evaluate import Scored, prepare, score_stream
-from kineticlip.loader import TestLoader
+from kineticlip.data.entries import Entry
+from kineticlip.evaluation.loop import Scored, score_stream
+from kineticlip.evaluation.ready import prepare
+from kineticlip.data.loader import TestLoader
 from kineticlip.methods import METHODS
 
 def resident():

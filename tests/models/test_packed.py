@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kineticlip.config import load_config
+from kineticlip.evaluation import ready as inference
 from kineticlip.evaluation.ready import make_steady, prepare, probe_chunk
 from kineticlip.methods import METHODS
-from kineticlip.models import packed as inference
 from kineticlip.models.architectures import architecture
 from kineticlip.models.packed import (
     ByteLinear,

@@ -76,7 +76,7 @@ def test_a_free_port_can_be_bound() -> None:
 
 SINGLE = """
 import sys, torch
-from kineticlip.distributed import Ranks, barrier, finish, initialise
+from kineticlip.runtime.distributed import Ranks, barrier, finish, initialise
 device = initialise(Ranks())
 initialise(Ranks())  # a second time is fine
 total = torch.ones(3, device=device)
@@ -99,7 +99,7 @@ def test_one_process_needs_no_launcher() -> None:
 def test_a_process_ends_with_the_one_that_started_it() -> None:
     watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     code = (
-        "import time\nfrom kineticlip.distributed import end_with\n"
+        "import time\nfrom kineticlip.runtime.distributed import end_with\n"
         f"end_with({watched.pid}, poll_seconds=0.05)\nprint('ready', flush=True)\ntime.sleep(60)"
     )
     watcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
