@@ -10,7 +10,13 @@ import time
 
 import pytest
 
-from kineticlip.runtime.distributed import Ranks, first_host, free_port, read_ranks
+from kineticlip.runtime.distributed import (
+    Ranks,
+    device_index,
+    first_host,
+    free_port,
+    read_ranks,
+)
 from kineticlip.runtime.errors import UserError
 
 LAUNCHER = {
@@ -115,3 +121,22 @@ def test_a_process_ends_with_the_one_that_started_it() -> None:
             if process.poll() is None:
                 os.kill(process.pid, 9)
                 process.wait()
+
+
+def test_a_process_takes_the_gpu_of_its_place_or_the_one_it_sees() -> None:
+    assert device_index(Ranks(local_rank=3), visible=8) == 3
+    assert device_index(Ranks(local_rank=3), visible=1) == 0  # Slurm, one GPU a task
+    with pytest.raises(UserError, match=r"process 3 of this machine: only 2 GPUs are visible"):
+        device_index(Ranks(local_rank=2), visible=2)
+
+
+def test_float32_is_not_tf32_after_a_process_has_joined() -> None:
+    code = """
+import torch
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+from kineticlip.runtime.distributed import Ranks, initialise
+initialise(Ranks())
+print(torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False False\n"

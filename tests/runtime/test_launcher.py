@@ -22,6 +22,8 @@ from PIL import Image
 from kineticlip.__main__ import main
 from kineticlip.formats.trained import load_weights
 from kineticlip.runtime.distributed import free_port
+from kineticlip.runtime.errors import UserError
+from kineticlip.runtime.launch import device_words
 from toy_training import plain_torch, rows, toy_config
 
 PROGRAM = Path(__file__).parents[1] / "toy_training.py"
@@ -254,3 +256,25 @@ def test_processes_start_beside_a_folder_that_is_named_like_the_package(tmp_path
     words = [sys.executable, "-I", "-c", parent]
     ran = subprocess.run(words, cwd=tmp_path, env=where, capture_output=True, text=True, check=True)
     assert ran.stdout == "kineticlip.runtime"
+
+
+def test_the_launcher_is_told_the_gpus_that_are_visible() -> None:
+    """It drops CUDA_VISIBLE_DEVICES where it is given a number, and trains on the first ones."""
+    assert device_words(2, gpus=2, visible="4,5") == ["--include", "localhost:4,5"]
+    assert device_words(2, gpus=3, visible="7, 1,0") == ["--include", "localhost:7,1"]
+    assert device_words(2, gpus=8, visible="") == ["--num_gpus", "2"]
+    assert device_words(2, gpus=0, visible="4") == ["--num_gpus", "2"]  # on a CPU it means nothing
+    with pytest.raises(UserError, match=r"3: only 2 GPUs are visible \(CUDA_VISIBLE_DEVICES=4,5\)"):
+        device_words(3, gpus=2, visible="4,5")
+    with pytest.raises(UserError, match=r"takes numbers of GPUs, not their identifiers"):
+        device_words(1, gpus=1, visible="GPU-3f2c1ab0")
+
+
+def test_deepspeed_starts_the_ranks_on_those_gpus() -> None:
+    """Its own reading of the words, on a machine of eight."""
+    from deepspeed.launcher.runner import parse_args, parse_inclusion_exclusion
+
+    words = device_words(2, gpus=2, visible="4,5")
+    args = parse_args([*words, "train.py"])
+    pool = parse_inclusion_exclusion({"localhost": 8}, args.include, args.exclude)
+    assert list(pool.items()) == [("localhost", [4, 5])]

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kineticlip.formats import read_optimiser
 from kineticlip.formats.trained import load_weights
-from kineticlip.runtime.distributed import Ranks, free_port, initialise
+from kineticlip.runtime.distributed import Ranks, free_port
 from kineticlip.runtime.errors import UserError
 from kineticlip.training.steps import TrainingRun
 from official_run import STOP, go_on, plain_run
@@ -25,15 +25,6 @@ from toy_training import rows
 PROGRAM = Path(__file__).parents[1] / "official_run.py"
 Run = tuple[Path, dict[str, Tensor], list[float]]
 METHODS = ("evl", "vitaclip")
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[torch.device]:
-    """This process as the only rank; its variables are gone afterwards."""
-    before = dict(os.environ)
-    yield initialise(Ranks())
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

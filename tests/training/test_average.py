@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,11 @@ from torch import Tensor, nn
 
 from kineticlip.config import Config
 from kineticlip.formats.trained import load_weights
-from kineticlip.runtime.distributed import Ranks, initialise
 from kineticlip.runtime.errors import UserError
 from kineticlip.training.average import WeightAverage
 from kineticlip.training.job import Job
 from kineticlip.training.loop import train
 from toy_training import ALONE, TOY, Toy, ToyLoader, toy_config
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[torch.device]:
-    before = dict(os.environ)
-    yield initialise(Ranks())
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def run(

@@ -98,3 +98,15 @@ def test_accumulation_is_a_whole_number() -> None:
     assert accumulation_steps(config, world_size=3) == 2
     with pytest.raises(UserError, match=r"24 is no multiple .* 4 x 5 processes; nearest: 20"):
         accumulation_steps(config, world_size=5)
+
+
+def test_the_throughput_timer_waits_for_the_device_only_where_it_is_asked_to(
+    tmp_path: Path,
+) -> None:
+    config = Config(train=TrainConfig(batch_size=8, micro_batch_size=8))
+    settings = deepspeed_settings(config, world_size=1, cuda=False)
+    assert settings["timers"] == {"throughput": {"enabled": False}}
+    path = tmp_path / "timed.json"
+    path.write_text('{"timers": {"throughput": {"enabled": true}}}')
+    config = Config(train=TrainConfig(batch_size=8, micro_batch_size=8, deepspeed=str(path)))
+    assert deepspeed_settings(config, world_size=1, cuda=False)["timers"]["throughput"]["enabled"]

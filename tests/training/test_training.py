@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +22,6 @@ from kineticlip.methods.text4vis import VideoCLIP
 from kineticlip.models.classifier import Classifier
 from kineticlip.models.temporal import TEMPORAL_MODULES, TemporalTransformer
 from kineticlip.models.vision import VisionTransformer
-from kineticlip.runtime.distributed import initialise
 from kineticlip.runtime.errors import UserError
 from kineticlip.training.job import Job, Outcome
 from kineticlip.training.loop import train
@@ -32,21 +29,6 @@ from text4vis_golden import ARCHITECTURE, GOLDEN, arrays, tensors
 from toy_training import ALONE, CLASSES, TOY, Toy, ToyLoader, plain_torch, rows, toy_config
 
 NAMES = tuple(f"class {index}" for index in range(CLASSES))
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[torch.device]:
-    """This process as the only rank; its variables are gone afterwards.
-
-    The process group stays: DeepSpeed keeps what it derived from it as long as the process lives.
-    """
-    before = dict(os.environ)
-    device = initialise(ALONE)
-    gc.freeze()  # DeepSpeed's bf16 optimiser collects garbage in full, 0.24 s each time
-    yield device
-    gc.unfreeze()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def run(config: Config, device: torch.device, **options: Any) -> Outcome:

@@ -115,10 +115,13 @@ def initialise(ranks: Ranks) -> torch.device:
     import torch
 
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", device_index(ranks, visible=torch.cuda.device_count()))
+    full_precision_products()
     os.environ.update(
         RANK=str(ranks.rank),
-        LOCAL_RANK=str(ranks.local_rank),
+        LOCAL_RANK=str(device.index if cuda else ranks.local_rank),  # DeepSpeed's device, too
         WORLD_SIZE=str(ranks.world_size),
         MASTER_ADDR=ranks.master_address or "127.0.0.1",
         MASTER_PORT=str(ranks.master_port),
@@ -138,6 +141,32 @@ def initialise(ranks: Ranks) -> torch.device:
         )
     import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return device
+
+
+def device_index(ranks: Ranks, *, visible: int) -> int:
+    """The GPU of a process among the visible ones; a task that sees one alone (Slurm) takes it.
+
+    Raises UserError where a machine has more processes than GPUs.
+    """
+    if visible == 1:
+        return 0
+    if ranks.local_rank >= visible:
+        raise UserError(
+            f"process {ranks.local_rank + 1} of this machine: only {visible} GPUs are visible; "
+            "start one process a GPU"
+        )
+    return ranks.local_rank
+
+
+def full_precision_products() -> None:
+    """float32 means float32: no TF32 in convolutions, where it is torch's default, nor products.
+
+    An environment variable (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE) can turn the latter on as well.
+    """
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def import_deepspeed() -> ModuleType:

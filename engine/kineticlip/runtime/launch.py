@@ -18,6 +18,7 @@ from types import FrameType
 import kineticlip
 import kineticlip_kernels
 from kineticlip.runtime.distributed import free_port
+from kineticlip.runtime.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 10.0  # seconds between the signal of a user and the one that nothing survives
@@ -43,15 +44,17 @@ def launch(words: Sequence[str], *, processes: int, mark: Path) -> int:
 
     Every signal reaches all ranks, and none outlives this process: they watch it.
     """
+    import torch
+
+    gpus = torch.cuda.device_count()
     command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(processes),
+        sys.executable, "-m", "deepspeed.launcher.runner", "-q",
+        *device_words(processes, gpus=gpus, visible=os.environ.get("CUDA_VISIBLE_DEVICES", "")),
         "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--no_local_rank",
         "--module", "kineticlip", *words, "--started-by", str(os.getpid()),
     ]  # fmt: skip
-    import torch
-
     environment = child_environment()
-    if not torch.cuda.is_available():
+    if gpus == 0:
         environment["DS_ACCELERATOR"] = "cpu"
         # More threads than cores would be slower by far; a user's own number stands.
         share = max((os.cpu_count() or 1) // processes, 1)
@@ -77,6 +80,27 @@ def launch(words: Sequence[str], *, processes: int, mark: Path) -> int:
         print(f"error: the launcher ended without {mark}: a rank was killed", file=sys.stderr)
         return 1
     return status if status >= 0 else 128 - status
+
+
+def device_words(processes: int, *, gpus: int, visible: str) -> list[str]:
+    """What tells DeepSpeed's launcher on which GPUs to start so many ranks, one on each.
+
+    gpus: how many this process sees; 0 starts ranks on the CPU. visible: CUDA_VISIBLE_DEVICES,
+    which the launcher drops where it is given a number of GPUs (0.19.8): it would train on the
+    first ones of the machine. Raises UserError for more ranks than GPUs.
+    """
+    if gpus and processes > gpus:
+        seen = f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""
+        raise UserError(f"--num-processes {processes}: only {gpus} GPUs are visible{seen}")
+    if not gpus or not visible:
+        return ["--num_gpus", str(processes)]
+    devices = [word.strip() for word in visible.split(",")][:processes]
+    if not all(word.isdecimal() for word in devices):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible}: the launcher takes numbers of GPUs, not their "
+            "identifiers; nvidia-smi -L lists both"
+        )
+    return ["--include", f"localhost:{','.join(devices)}"]
 
 
 def _wait(child: subprocess.Popen[bytes], received: Sequence[int]) -> int:

@@ -33,6 +33,7 @@ from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.journal import dump_json, write_atomic
 
 MANIFEST = "MANIFEST.json"
+FORMATS = (1, 2)  # of checkpoints that this version goes on from
 LATEST = "latest"  # for people and scripts; resuming reads the manifests
 _FOLDER = re.compile(r"step-\d{8}")
 # What may change between the two halves of a run: where it writes and how often, and evaluation.
@@ -61,7 +62,11 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a committed checkpoint says about itself. files: name -> [bytes, crc32]."""
+    """What a committed checkpoint says about itself. files: name -> [bytes, crc32].
+
+    format: 2 where ZeRO's buffers hold parameters in the order of engine.aligned_groups, 1 where
+    they hold them in the methods' own order, as checkpoints did at first.
+    """
 
     progress: dict[str, int]
     world_size: int
@@ -70,7 +75,7 @@ class Manifest:
     files: dict[str, list[int]]
     versions: dict[str, str] = field(default_factory=dict)
     written: str = ""
-    format: int = 1
+    format: int = 2
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -108,13 +113,20 @@ def committed(folder: Path) -> list[Path]:
 
 
 def commit(
-    folder: Path, save: Save, *, progress: Progress, config: Config, ranks: Ranks, keep: int
+    folder: Path,
+    save: Save,
+    *,
+    progress: Progress,
+    config: Config,
+    ranks: Ranks,
+    keep: int,
+    aligned: bool = True,
 ) -> Path:
     """Writes the checkpoint of all ranks, then all but the newest `keep` are deleted.
 
     Every rank calls it, right after an optimiser step. A kill at any moment leaves the previous
-    checkpoints as they were. Raises UserError on rank 0 where shards are missing after the save:
-    the nodes do not share the folder.
+    checkpoints as they were. aligned: the engine's layout (Manifest.format). Raises UserError on
+    rank 0 where shards are missing after the save: the nodes do not share the folder.
     """
     name = f"step-{progress.step:08d}"
     temporary = folder / f".tmp-{name}"
@@ -135,7 +147,7 @@ def commit(
                 f"{folder}: {', '.join(missing)} of other processes are missing; "
                 "checkpoints need a folder that all nodes share"
             )
-        _seal(temporary, progress, config, ranks)
+        _seal(temporary, progress, config, ranks, aligned=aligned)
         if (folder / name).exists():  # the same step, committed before a resume from an older one
             _delete(folder / name)
         temporary.rename(folder / name)
@@ -147,7 +159,9 @@ def commit(
     return folder / name
 
 
-def _seal(temporary: Path, progress: Progress, config: Config, ranks: Ranks) -> None:
+def _seal(
+    temporary: Path, progress: Progress, config: Config, ranks: Ranks, *, aligned: bool
+) -> None:
     """Syncs every file of a folder and writes its manifest."""
     files = {}
     for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
@@ -167,6 +181,7 @@ def _seal(temporary: Path, progress: Progress, config: Config, ranks: Ranks) -> 
             "deepspeed": str(deepspeed.__version__),
         },
         written=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        format=2 if aligned else 1,
     )
     write_atomic(temporary / MANIFEST, dump_json(asdict(manifest), indent=1))
     _sync(temporary)
@@ -183,8 +198,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise UserError(f"{checkpoint}: no checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(checkpoint, f"{MANIFEST} cannot be read: {error}") from None
-    if manifest.format != Manifest.format:
-        raise UserError(f"{checkpoint}: format {manifest.format}, this version reads 1")
+    if manifest.format not in FORMATS:
+        raise UserError(
+            f"{checkpoint}: format {manifest.format}, and this version reads {FORMATS}; it takes "
+            "a newer one"
+        )
     for name, (size, checksum) in manifest.files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -254,6 +272,11 @@ def check_belongs(manifest: Manifest, checkpoint: Path, config: Config, ranks: R
             f"{checkpoint}: written by {manifest.world_size} processes, this run has "
             f"{ranks.world_size}; start as many (a shard is one process's, and so is its data)"
         )
+
+
+def is_aligned(checkpoint: Path) -> bool:
+    """Whether a checked checkpoint has the layout that new runs have (Manifest.format)."""
+    return Manifest(**json.loads((checkpoint / MANIFEST).read_bytes())).format > 1
 
 
 def load(checkpoint: Path, engine: Any, ranks: Ranks) -> Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,30 +18,71 @@ from kineticlip.training.deepspeed_config import deepspeed_settings, scalars_apa
 from kineticlip.training.job import Job
 from kineticlip.training.optim import build_optimizer
 
+ALIGNED = 8  # elements of 16 bits in 16 bytes, where wide loads and cuBLAS want a tensor to begin
+
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """A running engine, the learning rates of its groups before the schedule, and its weights."""
+    """A running engine, the learning rates of its groups before the schedule, and its weights.
+
+    shown: which of the rates are those of the method's own groups. aligned: see `start`.
+    """
 
     engine: Any
     rates: list[float]
+    shown: list[int]
     weights: FullPrecision
+    aligned: bool
 
 
-def start(job: Job) -> Started:
-    """Groups the parameters, builds the optimiser and hands both to DeepSpeed."""
+def start(job: Job, *, aligned: bool = True) -> Started:
+    """Groups the parameters, builds the optimiser and hands both to DeepSpeed.
+
+    aligned: lay them out for 16-byte addresses; False for the layout of older checkpoints.
+    """
     config, model = job.config, job.model
     groups = job.method.param_groups(model, config)
     grouped = {id(parameter) for group in groups for parameter in group["params"]}
     strays = [n for n, p in model.named_parameters() if p.requires_grad != (id(p) in grouped)]
     assert not strays, f"trained but in no group, or frozen and in one: {strays[:3]}"
+    shown = list(range(len(groups)))
+    if aligned and config.train.zero_stage > 0:
+        groups, shown = aligned_groups(groups, stage=config.train.zero_stage)
     optimizer = build_optimizer(groups, config.optim, fused=job.device.type == "cuda")
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     weights = FullPrecision.of(model, config, kept=job.ranks.is_first)
     originals = job.method.prepare(model, config)
     weights.frozen.update(originals if job.ranks.is_first else {})
     engine = start_engine(config, model, optimizer, ranks=job.ranks, device=job.device)
-    return Started(engine=engine, rates=rates, weights=weights)
+    return Started(engine=engine, rates=rates, shown=shown, weights=weights, aligned=aligned)
+
+
+def aligned_groups(
+    groups: Sequence[Mapping[str, Any]], *, stage: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Optimiser groups whose tensors lie on 16-byte addresses once ZeRO has flattened them.
+
+    ZeRO lays the parameters of a group end to end without padding, so one of a single element (a
+    logit scale) would push all that follow to 2-byte addresses. Those of a multiple of 8 elements
+    go first; of the others one may end a group (stages 1 and 2 give each group a buffer of its
+    own), and each of the rest is a group with the same options. Stage 3 has one buffer for all, so
+    they go behind the last group, the largest first. Gives the groups, and the place among them
+    of each group given.
+    """
+    first: list[dict[str, Any]] = []
+    odd: list[dict[str, Any]] = []
+    for number, group in enumerate(groups):
+        params = sorted(group["params"], key=lambda p: p.numel() % ALIGNED != 0)
+        split = sum(p.numel() % ALIGNED == 0 for p in params)
+        if stage < 3:
+            split = min(split + 1, len(params))
+        if split:
+            first.append({**group, "params": params[:split], "declared": number})
+        odd += [{**group, "params": [p], "declared": number} for p in params[split:]]
+    odd.sort(key=lambda group: -group["params"][0].numel())
+    laid = first + odd
+    declared = [group.pop("declared") for group in laid]
+    return laid, [declared.index(number) for number in range(len(groups))]
 
 
 def start_engine(

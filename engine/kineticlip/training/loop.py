@@ -49,7 +49,7 @@ def train(job: Job, *, resume: str = "auto", official: str = "") -> Outcome:
     check_settings(config, world_size=ranks.world_size, cuda=job.device.type == "cuda")
     table = timetable(config, len(job.loader), world_size=ranks.world_size)
     found = checkpoints.find_resumable(resume, config.output_dir, config, ranks)
-    started = start(job)
+    started = start(job, aligned=found is None or checkpoints.is_aligned(found))
     _seed(config.seed + ranks.rank)
     average = WeightAverage()
     progress = Progress(epoch_length=len(job.loader))

@@ -110,7 +110,7 @@ class TrainingRun:
                 "kind": "train",
                 "step": self.progress.step,
                 "epoch": round(self.table.epoch(position), 6),
-                "lr": lrs,
+                "lr": [lrs[place] for place in self.started.shown],
                 "grad_norm": norm,
                 "skipped_steps": self.progress.skipped,
             }
@@ -229,6 +229,7 @@ class TrainingRun:
                 config=self.job.config,
                 ranks=self.job.ranks,
                 keep=self.job.config.train.keep_checkpoints,
+                aligned=self.started.aligned,
             )
 
     def export(self) -> None:
