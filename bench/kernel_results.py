@@ -154,7 +154,7 @@ def result_path(folder: Path, content: dict[str, Any]) -> Path:
 
 def keep(folder: Path, content: dict[str, Any], kind: str = "") -> Path:
     """Writes a result file whole or not at all; kind: what its name ends in."""
-    from kineticlip.runtime.journal import write_atomic
+    from kineticlip.runtime.files import write_atomic
 
     path = result_path(folder, content)
     path = path.with_stem(f"{path.stem}-{kind}") if kind else path

@@ -131,7 +131,7 @@ def test_a_failed_write_leaves_the_old_file(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"out\.pt: cannot be written: no space"):
         convert(sample("openai_state"), out, to="openai")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 

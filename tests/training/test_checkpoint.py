@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -77,10 +76,10 @@ def test_a_commit_is_named_sealed_and_the_last_n_stay(tmp_path: Path) -> None:
 DEATHS = {
     "save": (__name__, "save", 6),
     "sealing": (checkpoints, "_seal", 6),
-    "syncing a file": (checkpoints, "_sync", 6),
+    "syncing a file": (checkpoints, "sync", 6),
     "writing the manifest": (checkpoints, "write_atomic", 6),
-    "the rename": (Path, "rename", 6),
-    "deleting the old ones": (shutil, "rmtree", 9),
+    "the rename": (checkpoints, "move", 6),
+    "deleting the old ones": (checkpoints, "rmtree", 9),
 }
 
 

@@ -54,7 +54,7 @@ def _train(args: argparse.Namespace) -> int:
     from kineticlip.data.lists import training_list
     from kineticlip.evaluation.metrics import topk_accuracy
     from kineticlip.evaluation.recognizer import pick_device
-    from kineticlip.runtime.journal import write_atomic
+    from kineticlip.runtime.files import write_atomic
     from kineticlip.training.attributes import (
         encode_attributes,
         encode_names,

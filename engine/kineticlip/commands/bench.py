@@ -99,6 +99,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> int:
     import torch
 
+    from kineticlip.runtime.files import write_atomic
     from kineticlip_kernels import tune, tuning
     from kineticlip_kernels.tune_targets import targets
 
@@ -119,7 +120,7 @@ def _tune(args: argparse.Namespace) -> int:
     table |= tune.with_rows(tuning.read_table(tuning.table_name(device)), chosen)
     text = json.dumps(table, indent=1) + "\n"
     if args.write is not None:
-        args.write.write_text(text)
+        write_atomic(args.write, text.encode())
     if args.json or args.write is None:
         sys.stdout.write(text)
     return 0

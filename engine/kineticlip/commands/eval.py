@@ -124,7 +124,8 @@ def _run_splits(args: argparse.Namespace) -> int:
     from kineticlip.evaluation.protocols import describe_splits, over_splits
     from kineticlip.evaluation.run import listed_videos
     from kineticlip.runtime.errors import UserError
-    from kineticlip.runtime.journal import dump_json, write_atomic
+    from kineticlip.runtime.files import write_atomic
+    from kineticlip.runtime.journal import dump_json
 
     if args.list is not None or args.labels is not None:
         raise UserError(

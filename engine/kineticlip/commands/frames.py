@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kineticlip.runtime.errors import UserError
+from kineticlip.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from kineticlip.video import VideoSource
@@ -48,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     source = open_video(args.file, decoder=args.decoder, frame_template=args.frame_template)
     numbers = _numbers(args.at, source) if args.at is not None else []
     if args.out is not None:
+        if not Path(args.out).absolute().parent.is_dir():
+            raise UserError(f"--out: {args.out} cannot be written: no such folder")
         write = _write_npz if args.out.endswith(".npz") else _write_folder
         write(source, numbers, Path(args.out))
     facts = dataclasses.asdict(source.probe)
@@ -102,7 +103,7 @@ def _write_npz(source: VideoSource, numbers: list[int], path: Path) -> None:
     from numpy.lib import format as npy
 
     shape = (len(numbers), source.height, source.width, 3)
-    with _beside(path) as part:
+    with write_whole(path) as part:
         with zipfile.ZipFile(part, "w") as archive:
             with archive.open("frames.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -111,7 +112,6 @@ def _write_npz(source: VideoSource, numbers: list[int], path: Path) -> None:
                     file.write(memoryview(frames).cast("B"))
             with archive.open("numbers.npy", "w") as file:
                 npy.write_array(file, np.array(numbers, dtype=np.int64))
-        part.replace(path)
 
 
 def _write_folder(source: VideoSource, numbers: list[int], path: Path) -> None:
@@ -121,19 +121,8 @@ def _write_folder(source: VideoSource, numbers: list[int], path: Path) -> None:
         raise UserError(f"--out: {path} exists already; name a new folder")
     if path.suffix.lower() in FILE_SUFFIXES:
         raise UserError(f"--out: {path} would be a folder; name one, or FILE.npz")
-    with _beside(path) as part:
+    with write_whole(path) as part:
         part.mkdir()
         for some, frames in _portions(source, numbers):
             for number, frame in zip(some, frames, strict=True):
                 Image.fromarray(frame).save(part / f"frame_{number:06d}.png")
-        part.rename(path)
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path in the same folder to write and then rename; what is left of it is removed."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            yield Path(folder) / path.name
-    except OSError as error:
-        raise UserError(f"--out: {path} cannot be written: {error.strerror or error}") from None

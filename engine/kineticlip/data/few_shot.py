@@ -10,7 +10,7 @@ from pathlib import Path
 from kineticlip.config import Config
 from kineticlip.data.entries import Entry
 from kineticlip.runtime.errors import UserError
-from kineticlip.runtime.journal import write_atomic
+from kineticlip.runtime.files import write_atomic
 
 FEW_SHOT_LIST = "few_shot.txt"
 

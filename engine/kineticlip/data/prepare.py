@@ -12,7 +12,7 @@ from pathlib import Path
 from kineticlip.data.entries import Entry, VideoList
 from kineticlip.data.lists import read_list
 from kineticlip.runtime.errors import UserError
-from kineticlip.runtime.journal import write_atomic
+from kineticlip.runtime.files import write_atomic
 from kineticlip.video import Probe, ProbeCache, VideoError, open_video
 from kineticlip.video.container import choose_stream, open_container
 from kineticlip.video.copies import extract_frames, reencode

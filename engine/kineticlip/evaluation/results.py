@@ -34,7 +34,8 @@ from kineticlip.config import Config, config_to_dict
 from kineticlip.evaluation import metrics
 from kineticlip.evaluation.rows import VideoRow, summarize
 from kineticlip.runtime.errors import UserError
-from kineticlip.runtime.journal import Journal, Json, dump_json, write_atomic
+from kineticlip.runtime.files import write_atomic
+from kineticlip.runtime.journal import Journal, Json, dump_json
 
 JOURNAL, TABLE, SUMMARY = "journal.jsonl", "results.parquet", "summary.json"
 SCORES, CLASSIFIER, THUMBNAILS = "scores.safetensors", "classifier.safetensors", "thumbnails"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from kineticlip.formats.torchscript import is_torchscript, read_torchscript
 from kineticlip.runtime.errors import UserError
+from kineticlip.runtime.files import write_whole
 
 Tensors = dict[str, Tensor]
 Kind = Literal["safetensors", "torch", "torchscript"]
@@ -152,16 +151,28 @@ def _named(tensors: Tensors, path: Path) -> Tensors:
 
 
 def write_safetensors(path: str | Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
-    """Writes contiguous copies; the file appears whole or not at all."""
+    """Writes contiguous copies; the file appears whole or not at all.
+
+    Raises UserError where it cannot be written.
+    """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with _replacing(Path(path)) as temporary:
-        save_file(_unshared(contiguous), temporary, metadata=dict(metadata))
+    with write_whole(path) as part:
+        try:
+            save_file(_unshared(contiguous), part, metadata=dict(metadata))
+        except SafetensorError as error:  # the system's reason is in its text alone
+            raise UserError(f"{path}: cannot be written: {_first_line(error)}") from None
 
 
 def write_torch(path: str | Path, tree: Mapping[str, Any]) -> None:
-    """torch.save of plain dictionaries of tensors; the file appears whole or not at all."""
-    with _replacing(Path(path)) as temporary:
-        torch.save(tree, temporary)
+    """torch.save of plain dictionaries of tensors; the file appears whole or not at all.
+
+    Raises UserError where it cannot be written.
+    """
+    with write_whole(path) as part:
+        try:
+            torch.save(tree, part)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise UserError(f"{path}: cannot be written: {_first_line(error)}") from None
 
 
 def _unshared(tensors: Tensors) -> Tensors:
@@ -174,27 +185,3 @@ def _unshared(tensors: Tensors) -> Tensors:
         seen.add(storage.data_ptr())
         alone[name] = tensor.clone() if shared else tensor
     return alone
-
-
-class _replacing:
-    """A temporary file beside the target that takes its place on success."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Path:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from None
-        os.close(handle)
-        self._temporary = Path(name)
-        return self._temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.chmod(self._temporary, 0o644)  # safetensors makes the file anew, for its owner only
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)

@@ -6,8 +6,6 @@ Shape letters: C classes, E embedding, N videos.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kineticlip.config import Config
@@ -28,6 +26,7 @@ from kineticlip.models.prompts import expand_templates, render
 from kineticlip.models.text import text_features
 from kineticlip.models.weights import Weights, resolve_weights
 from kineticlip.runtime.errors import UserError, did_you_mean
+from kineticlip.runtime.files import write_atomic
 
 SUFFIX = ".safetensors"
 
@@ -294,7 +293,6 @@ def sentence_classifier(
 
 def save_classifier(classifier: Classifier, path: str | Path) -> None:
     """Writes the file whole or not at all: tensors `classifier` and `center`, the rest as JSON."""
-    path = Path(path)
     tensors = {"classifier": classifier.matrix.float().contiguous()}
     if classifier.center is not None:
         tensors["center"] = classifier.center.float().contiguous()
@@ -302,13 +300,7 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
         "names": json.dumps(list(classifier.names)),
         "provenance": json.dumps(classifier.provenance),
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            save_file(tensors, Path(folder) / path.name, metadata)
-            os.replace(Path(folder) / path.name, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    write_atomic(path, save(tensors, metadata))
 
 
 def load_classifier(path: str | Path) -> Classifier:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,12 +20,13 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU, TextTransformer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from kineticlip.models.architectures import TextShape
 from kineticlip.models.weights import Weights
 from kineticlip.runtime.errors import UserError
+from kineticlip.runtime.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +173,6 @@ def _read_cached(path: Path) -> Tensor | None:
 
 def _write_cached(path: Path, features: Tensor) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            save_file({"features": features.contiguous()}, Path(folder) / path.name)
-            os.replace(Path(folder) / path.name, path)
-    except OSError as error:
+        write_atomic(path, save({"features": features.contiguous()}))
+    except UserError as error:
         log.warning("the text features are not kept: %s", error)

@@ -6,12 +6,7 @@ import hashlib
 import json
 import logging
 import os
-import socket
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,11 +22,11 @@ from kineticlip.models.architectures import (
     recognise,
     with_activation,
 )
+from kineticlip.models.fetch import fetch_from_hub, fetch_url
 from kineticlip.runtime.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT = 4.0  # seconds; the hub's own client retries for 23 s before it gives up
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -148,9 +143,9 @@ def _from_tag(model: Architecture, weights: str, entry: Mapping[str, Any], key: 
     if repository:
         stem = filename.removesuffix(".bin").removesuffix(".pth")
         names = (f"{stem}.safetensors", filename) if filename else HUB_FILES[:2]
-        attempts.append(partial(_fetch_from_hub, repository, names))
+        attempts.append(partial(fetch_from_hub, repository, names))
     if url:
-        attempts.append(partial(_fetch_url, url))
+        attempts.append(partial(fetch_url, url))
     reasons = []
     for fetch in attempts:
         found = fetch()
@@ -162,10 +157,10 @@ def _from_tag(model: Architecture, weights: str, entry: Mapping[str, Any], key: 
 
 def _from_hub(model: Architecture, weights: str, key: str) -> Weights:
     repository = weights.removeprefix("hf-hub:")
-    found = _fetch_from_hub(repository, HUB_FILES)
+    found = fetch_from_hub(repository, HUB_FILES)
     if not isinstance(found, Path):
         raise _unavailable(f"'{weights}'", [found], key)
-    settings = _fetch_from_hub(repository, ("open_clip_config.json",))
+    settings = fetch_from_hub(repository, ("open_clip_config.json",))
     if isinstance(settings, Path):
         config = json.loads(settings.read_text())
         pixels = config.get("preprocess_cfg", {})
@@ -188,67 +183,3 @@ def _unavailable(what: str, reasons: list[str], key: str) -> UserError:
         f"{key}: weights {what} are not on this machine and cannot be fetched ({why}). "
         f"Give {key} a file of CLIP weights, or 'random' for untrained ones"
     )
-
-
-def _fetch_from_hub(repository: str, filenames: tuple[str, ...]) -> Path | str:
-    """The first of the files, from the local cache or the hub; else why there is none."""
-    import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    try:
-        for filename in filenames:
-            cached = hub.try_to_load_from_cache(repository, filename)
-            if isinstance(cached, str):
-                return Path(cached)
-        if hub.constants.HF_HUB_OFFLINE:
-            return "HF_HUB_OFFLINE is set"
-        unreachable = _why_unreachable(hub.hf_hub_url(repository, filenames[0]))
-        if unreachable:
-            return unreachable
-        for filename in filenames:
-            try:
-                return Path(hub.hf_hub_download(repository, filename))
-            except EntryNotFoundError:
-                continue
-    except (OSError, HFValidationError) as error:
-        return str(error).strip().splitlines()[0]
-    return f"{repository} has none of {', '.join(filenames)}"
-
-
-def _fetch_url(url: str) -> Path | str:
-    """The file behind a URL, from open_clip's cache or downloaded into it; else why not."""
-    from open_clip import pretrained
-
-    cached = Path("~/.cache/clip").expanduser() / os.path.basename(url)
-    unreachable = None if cached.is_file() else _why_unreachable(url)
-    if unreachable:
-        return unreachable
-    try:
-        with _socket_timeout(30.0):
-            return Path(pretrained.download_pretrained_from_url(url))
-    except (OSError, RuntimeError) as error:  # RuntimeError: the checksum is wrong
-        return str(error).strip().splitlines()[0]
-
-
-def _why_unreachable(url: str) -> str | None:
-    """One quick request, so that a machine without a network answers in seconds."""
-    host = urllib.parse.urlsplit(url).hostname
-    try:
-        urllib.request.urlopen(
-            urllib.request.Request(url, method="HEAD"), timeout=CONNECT_TIMEOUT
-        ).close()
-    except urllib.error.HTTPError:
-        return None  # it answers; the client that downloads knows what the status means
-    except OSError as error:
-        return f"{host}: {getattr(error, 'reason', error)}"
-    return None
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

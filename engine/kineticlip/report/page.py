@@ -21,7 +21,8 @@ from kineticlip.evaluation.results import THUMBNAILS, Results, read_results
 from kineticlip.report import document as report_data
 from kineticlip.report import pictures as figures
 from kineticlip.runtime.errors import UserError
-from kineticlip.runtime.journal import Json, write_atomic
+from kineticlip.runtime.files import write_atomic
+from kineticlip.runtime.journal import Json
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -1,8 +1,7 @@
-"""An append-only file of JSON lines that outlives a killed process, and atomic file writes."""
+"""An append-only file of JSON lines that outlives a killed process."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -116,27 +115,6 @@ def read_journal(path: Path) -> list[Json]:
 def dump_json(value: object, *, indent: int | None = None) -> bytes:
     """JSON in ASCII with a closing newline; NaN, which is not JSON, is a ValueError."""
     return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode("ascii")
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces a file as a whole: written beside, synced, renamed. Raises UserError."""
-    beside = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _whole_lines(data: bytes) -> tuple[list[Json], int]:

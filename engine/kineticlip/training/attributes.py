@@ -27,7 +27,7 @@ from kineticlip.models.classifier import text_weights
 from kineticlip.models.prompts import expand_templates, render
 from kineticlip.models.text import text_features
 from kineticlip.runtime.errors import UserError
-from kineticlip.runtime.journal import write_atomic
+from kineticlip.runtime.files import write_atomic
 from kineticlip.training.optim import build_optimizer, rate_factor
 
 COUNT = 5  # attributes in a sentence

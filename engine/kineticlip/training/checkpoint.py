@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,8 @@ from kineticlip import __version__
 from kineticlip.config import Config, config_to_dict
 from kineticlip.runtime.distributed import Ranks, barrier
 from kineticlip.runtime.errors import UserError
-from kineticlip.runtime.journal import dump_json, write_atomic
+from kineticlip.runtime.files import move, sync, write_atomic
+from kineticlip.runtime.journal import dump_json
 
 MANIFEST = "MANIFEST.json"
 FORMATS = (1, 2)  # of checkpoints that this version goes on from
@@ -150,8 +150,7 @@ def commit(
         _seal(temporary, progress, config, ranks, aligned=aligned)
         if (folder / name).exists():  # the same step, committed before a resume from an older one
             _delete(folder / name)
-        temporary.rename(folder / name)
-        _sync(folder)
+        move(temporary, folder / name)
         write_atomic(folder / LATEST, f"{name}\n".encode())
         for old in committed(folder)[:-keep]:
             _delete(old)
@@ -166,7 +165,7 @@ def _seal(
     files = {}
     for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
         files[path.relative_to(temporary).as_posix()] = [path.stat().st_size, _checksum(path)]
-        _sync(path)
+        sync(path)
     import deepspeed
 
     manifest = Manifest(
@@ -184,7 +183,7 @@ def _seal(
         format=2 if aligned else 1,
     )
     write_atomic(temporary / MANIFEST, dump_json(asdict(manifest), indent=1))
-    _sync(temporary)
+    sync(temporary)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -328,22 +327,14 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _delete(checkpoint: Path) -> None:
     """Renames first: a kill in the middle leaves no half-empty folder of a committed name."""
     doomed = checkpoint.with_name(f".tmp-{checkpoint.name}-deleted")
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    rmtree(doomed)
 
 
 def _delete_leftovers(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        rmtree(leftover)

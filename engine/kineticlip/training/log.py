@@ -18,7 +18,8 @@ from torch import Tensor
 from kineticlip.config import Config, config_to_dict
 from kineticlip.methods.method import Metrics
 from kineticlip.runtime.distributed import Ranks
-from kineticlip.runtime.journal import Journal, dump_json, write_atomic
+from kineticlip.runtime.files import write_atomic
+from kineticlip.runtime.journal import Journal, dump_json
 from kineticlip.runtime.machine import machine_record, software_record
 from kineticlip.training.checkpoint import Progress, identity
 

@@ -20,7 +20,8 @@ from kineticlip.methods import method_named
 from kineticlip.methods.method import Method
 from kineticlip.runtime.distributed import Ranks, gather, initialise
 from kineticlip.runtime.errors import UserError
-from kineticlip.runtime.journal import dump_json, write_atomic
+from kineticlip.runtime.files import write_atomic
+from kineticlip.runtime.journal import dump_json
 from kineticlip.training.job import FINISHED, WEIGHTS, Job, Outcome, check_settings
 from kineticlip.training.loop import train
 from kineticlip.training.validation import Validation

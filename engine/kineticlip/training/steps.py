@@ -18,7 +18,8 @@ from tqdm import tqdm
 from kineticlip.data.batch import Batch
 from kineticlip.formats.trained import export_weights
 from kineticlip.runtime.errors import UserError
-from kineticlip.runtime.journal import Journal, dump_json, write_atomic
+from kineticlip.runtime.files import write_atomic
+from kineticlip.runtime.journal import Journal, dump_json
 from kineticlip.training import checkpoint as checkpoints
 from kineticlip.training.average import WeightAverage
 from kineticlip.training.checkpoint import Progress

@@ -6,9 +6,7 @@ copy is made anew when its source or the settings have changed.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kineticlip.runtime.errors import UserError
+from kineticlip.runtime.files import write_whole
 from kineticlip.video.container import VideoError, choose_stream, open_container
 from kineticlip.video.folder import TEMPLATE, image_size, list_frames, read_images
 from kineticlip.video.pictures import to_rgb
@@ -59,7 +57,7 @@ def reencode(path: str | Path, target: Path, *, side: int, frame_template: str =
     if earlier == origin:
         return source.num_frames
     size = shrunk(source.width, source.height, side)
-    with _beside(target) as part:
+    with write_whole(target) as part:
         with av.open(str(part), "w", format="mp4", options={"movflags": "faststart"}) as output:
             output.metadata["comment"] = origin
             stream = output.add_stream("libx264", rate=source.rate, options=X264)
@@ -82,7 +80,6 @@ def reencode(path: str | Path, target: Path, *, side: int, frame_template: str =
             raise VideoError(
                 path, f"promises {source.num_frames} frames, of which {written} could be written"
             )
-        part.replace(target)
     return written
 
 
@@ -102,7 +99,7 @@ def extract_frames(
     if side:
         size = shrunk(*size, side)
     count = 0
-    with _beside(target) as part:
+    with write_whole(target) as part:
         part.mkdir()
         (part / ORIGIN).write_text(origin)
         for _, _, image in source.pictures():
@@ -113,9 +110,6 @@ def extract_frames(
             picture.save(part / TEMPLATE.format(count), quality=JPEG_QUALITY)
         if count != source.num_frames:
             raise VideoError(path, f"promises {source.num_frames} frames, of which {count} decode")
-        if earlier:
-            target.rename(part.with_name("earlier"))
-        part.rename(target)
     return count
 
 
@@ -212,14 +206,3 @@ def _origin_of_folder(target: Path) -> str:
         return (target / ORIGIN).read_text(errors="replace")
     except OSError:
         return ""
-
-
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A path in target's folder to write and then rename; what is left of it is removed."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            yield Path(folder) / target.name
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from None

@@ -18,6 +18,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from kineticlip.runtime.files import write_whole
+
 THINGS = {
     "a red ball": (225, 45, 45),
     "a green ball": (45, 190, 70),
@@ -146,10 +148,9 @@ def render(root: Path, *, train_per_class: int, test_per_class: int, seed: int =
     def make(job: tuple[Path, tuple[int, int], int]) -> None:
         path, (thing, motion), number = job
         if not path.exists():
-            beside = path.with_suffix(".part.mp4")
             rng = np.random.default_rng([seed, number])
-            write_clip(beside, render_clip(thing, motion, rng))
-            beside.rename(path)
+            with write_whole(path) as part:
+                write_clip(part, render_clip(thing, motion, rng))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(make, jobs))
