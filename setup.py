@@ -43,7 +43,8 @@ setup(
         "open_clip_torch>=3.3",  # tokenizer, text towers, pretrained weights
         "deepspeed>=0.19.8,<0.20",
         "safetensors>=0.5",
-        "pydantic>=2.10",  # values of the config
+        "annotated-types>=0.6",  # ranges of the values of the config
+        "pydantic>=2.10",  # checks them
         "pyyaml>=6",
         "pyarrow>=18",  # per-video results as Parquet
         "jinja2>=3.1",  # the HTML report

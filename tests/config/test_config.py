@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast, get_type_hints
 
 import pytest
 
@@ -55,6 +60,21 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
         ("optim:\n  lr: -1e-3\n", ":2: 'optim.lr' should be at least 0, got -0.001"),
         ("train:\n  epochs: .nan\n", ":2: 'train.epochs' should be at least 0, got nan"),
         ("evl:\n  mlp_drop_out: 1\n", ":2: 'evl.mlp_drop_out' should be from 0 to below 1, got"),
+        ("train:\n  epochs: .inf\n", ":2: 'train.epochs' should be finite, got inf"),
+        ("seed: -1\n", ":1: 'seed' should be from 0 to below 2147483648, got -1"),
+        ("optim:\n  betas: [1.5, 0.9]\n", ":2: 'optim.betas' should be from 0 to below 1, got 1.5"),
+        ("optim:\n  betas: [.9, .nan]\n", ":2: 'optim.betas' should be from 0 to below 1, got nan"),
+        (
+            "optim:\n  milestones: [3, -4]\n",
+            "'optim.milestones' should be at least 0, got -4.0",
+        ),
+        (
+            "openvclip:\n  clip_share: 1.5\n",
+            "clip_share' should be from 0 to 1, got 1.5",
+        ),
+        ("evl:\n  mlp_factor: 0\n", ":2: 'evl.mlp_factor' should be above 0, got 0.0"),
+        ("xclip:\n  prompt_scale: .nan\n", ":2: 'xclip.prompt_scale' should be finite, got nan"),
+        ("train:\n  keep_checkpoints: 0\n", "'train.keep_checkpoints' should be at least 1, got 0"),
         ("model:\n  arch: {x: 3}\n", ":2: 'model.arch' should be a single value"),
         ("seed: 1\nname: a\nseed: 2\n", ":3: 'seed' stands in "),
         ("data:\n  flip: on\n  shots: 1\n  flip: off\n", ":4: 'data.flip' stands in "),
@@ -69,6 +89,38 @@ def test_wrong_values_are_one_line_with_their_place(
     assert str(error.value).startswith(str(path))
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def numbers(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """(dotted key, int or float) of every number of the configuration."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from numbers(cast(type, hint), f"{prefix}{name}.")
+        elif hint in (int, float):
+            yield f"{prefix}{name}", hint
+
+
+@pytest.mark.parametrize(("key", "kind"), [*numbers()], ids=str)
+def test_every_number_has_a_range(key: str, kind: type) -> None:
+    """No key takes a value that no run can mean; what is left is for the methods to refuse."""
+    for value in ("-1", ".nan", ".inf", "-.inf") if kind is float else ("-1",):
+        if (key, value) != ("xclip.prompt_scale", "-1"):
+            with pytest.raises(UserError, match=rf"'{key}' should be .*, got "):
+                load_config(None, [f"{key}={value}"])
+
+
+def test_several_mistakes_are_told_together(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: -1\ndata:\n  workers: 0\n  num_frames: many\n")
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert str(error.value).count("; ") == 2
+    assert f"{path}:3: 'data.workers' should be at least 1, got 0" in str(error.value)
+
+
+def test_the_fields_do_not_import_what_checks_them() -> None:
+    code = "import sys, kineticlip.config.schema; print('pydantic' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
 
 
 def test_wrong_overrides_are_named(tmp_path: Path) -> None:

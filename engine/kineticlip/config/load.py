@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 
 from kineticlip.config.official import is_official, translate
 from kineticlip.config.schema import Config
 from kineticlip.runtime.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
+
+# Of pydantic: values outside the bounds of their annotation.
+OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -186,40 +190,42 @@ def _validate(values: dict[str, Any], where: Mapping[str, str], source: str) -> 
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        config = TypeAdapter(Config).validate_python(values)
+        return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            dotted = ".".join(str(part) for part in item["loc"] if isinstance(part, str))
-            message = item["msg"][0].lower() + item["msg"][1:]
-            problems.append(
-                f"{where.get(dotted, source)}: '{dotted}': {message}, got {item['input']!r}"
-            )
+        problems = [_problem(item, where, source) for item in error.errors()]
         raise UserError("; ".join(problems)) from None
-    _check_ranges(config, where, source)
-    return config
 
 
-AT_LEAST = {
-    1: """data.num_frames data.resolution data.workers test.clips train.batch_size
-       train.micro_batch_size train.checkpoint_every train.log_every evl.layers""",
-    0: """data.min_frames data.val_min_frames data.shots data.frames_per_second optim.lr
-       optim.clip_ratio optim.weight_decay optim.warmup_epochs train.epochs train.steps
-       train.gradient_clipping train.eval_every eval.batch_frames""",
-}
-SHARES = """text4vis.drop_out text4vis.attention_drop_out text4vis.embedding_drop_out
-    evl.class_drop_out evl.mlp_drop_out"""
+def _problem(item: Mapping[str, Any], where: Mapping[str, str], source: str) -> str:
+    """One error of pydantic's as a sentence with its place."""
+    dotted = ".".join(part for part in item["loc"] if isinstance(part, str))
+    place = where.get(dotted, source)
+    if item["type"] in OUT_OF_RANGE:
+        kind, *bounds = get_args(_annotation(item["loc"]))
+        value = kind(item["input"])
+        return f"{place}: '{dotted}' should be {_range(bounds, value)}, got {value}"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{place}: '{dotted}': {message}, got {item['input']!r}"
 
 
-def _check_ranges(config: Config, where: Mapping[str, str], source: str) -> None:
-    for least, names in AT_LEAST.items():
-        for dotted in names.split():
-            value = attrgetter(dotted)(config)
-            if not value >= least:  # nan is not either
-                place = where.get(dotted, source)
-                raise UserError(f"{place}: '{dotted}' should be at least {least}, got {value}")
-    for dotted in SHARES.split():
-        value = attrgetter(dotted)(config)
-        if not 0 <= value < 1:
-            place = where.get(dotted, source)
-            raise UserError(f"{place}: '{dotted}' should be from 0 to below 1, got {value}")
+def _annotation(location: Sequence[str | int]) -> Any:
+    """The annotation at a place of the configuration, its bounds included."""
+    kind: Any = Config
+    for part in location:
+        if isinstance(part, str):
+            kind = get_type_hints(kind, include_extras=True)[part]
+        else:  # of a tuple, with a kind for each place or one for all
+            kinds = [each for each in get_args(kind) if each is not Ellipsis]
+            kind = kinds[min(part, len(kinds) - 1)]
+    return kind
+
+
+def _range(bounds: Sequence[Ge | Gt | Le | Lt], value: float) -> str:
+    """The bounds in words: `at least 1`, `from 0 to below 1`."""
+    limits = {name: limit for bound in bounds for name, limit in dataclasses.asdict(bound).items()}
+    low, high = limits.get("ge", limits.get("gt")), limits.get("lt", limits.get("le"))
+    if high == math.inf and (value == math.inf or low == -math.inf):
+        return "finite"
+    if high in (None, math.inf):
+        return f"at least {low}" if "ge" in limits else f"above {low}"
+    return f"from {low} to {'below ' if 'lt' in limits else ''}{high}"

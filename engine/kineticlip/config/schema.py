@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+# Ranges, which config/load.py checks and names in errors. A bound of inf says: finite.
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]  # 0 mostly stands for "none" or "by itself"
+Amount = Annotated[float, Ge(0), Lt(inf)]
+Positive = Annotated[float, Gt(0), Lt(inf)]
+Finite = Annotated[float, Gt(-inf), Lt(inf)]
+Share = Annotated[float, Ge(0), Le(1)]
+BelowOne = Annotated[float, Ge(0), Lt(1)]
+Seed = Annotated[int, Ge(0), Lt(2**31)]  # numpy takes 32 bits, and the number of a rank is added
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # int8 on a CPU and fp8 on a GPU are of the tower's products; everything else is bf16 then.
@@ -37,7 +50,7 @@ class ClassifierConfig:
     text_weights: str = ""  # empty: the text tower of model.weights
     center: bool = False  # remove the mean of the training classes' features
     training_labels: str = ""  # those classes, where others are scored (zero-shot)
-    seed: int = 0  # of the two random sources
+    seed: Seed = 0  # of the two random sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +64,20 @@ class DataConfig:
     labels: str = ""  # label CSV with columns id,name; or one name a line
     features: str = ""  # folder of `kineticlip features`, read in place of the videos
     frame_template: str = "img_{:05d}.jpg"  # {id} stands for the folder's own name
-    frames_per_second: float = 24.0  # of the frame folders, where a list gives times (Charades)
+    frames_per_second: Amount = 24.0  # of the frame folders, where a list gives times (Charades)
     decoder: Literal["auto", "dali", "torchcodec", "pyav"] = "auto"
-    num_frames: int = 8  # T
-    resolution: int = 224  # S, side of the square crop
+    num_frames: Count = 8  # T
+    resolution: Count = 224  # S, side of the square crop
     pipeline: Literal["auto", "text4vis", "evl", "bike"] = "auto"  # auto: the method's own
     sampling: Literal["uniform", "dense"] = "uniform"
-    sampling_rate: int = 16  # frame stride of the evl pipeline's dense sampling
+    sampling_rate: Count = 16  # frame stride of the evl pipeline's dense sampling
     augmentation: Literal["none", "released", "published"] = "released"
     flip: bool = True  # mirror half of the training clips; off where direction is the label
     something: bool = False  # Something-Something: fixed frame size, label-swapping mirror
-    min_frames: int = 0  # shorter entries of the training list are dropped and counted
-    val_min_frames: int = 0  # so for the list to score; 8 in official training, 0 in official tests
-    shots: int = 0  # K-shot training; 0 trains on everything
-    workers: int = 2  # decoding threads of one process
+    min_frames: Natural = 0  # shorter entries of the training list are dropped and counted
+    val_min_frames: Natural = 0  # so for the list to score; officially 8 in training, 0 in tests
+    shots: Natural = 0  # K-shot training; 0 trains on everything
+    workers: Count = 2  # decoding threads of one process
     probe_cache: str = "auto"  # file of probes, so that opening again costs no pass; auto, off
 
 
@@ -72,7 +85,7 @@ class DataConfig:
 class ViewConfig:
     """Views of one video at test time: clips x crops."""
 
-    clips: int = 1
+    clips: Count = 1
     crops: Literal[1, 3, 5, 10] = 1
     sampling: Literal["uniform", "dense"] = "uniform"
 
@@ -82,12 +95,12 @@ class Text4VisConfig:
     """Text4Vis: frame embeddings, a temporal header, a frozen text classifier."""
 
     header: Literal["mean", "transformer"] = "transformer"
-    header_layers: int = 6
+    header_layers: Natural = 6
     temporal_module: Literal["none", "tokenshift", "tokent1d", "tsm"] = "none"
     joint: bool = False  # joint space-time attention
-    drop_out: float = 0.0  # stochastic depth of the last block; rises linearly from none
-    attention_drop_out: float = 0.0  # of attention weights, rising alike; officially tied to that
-    embedding_drop_out: float = 0.0
+    drop_out: BelowOne = 0.0  # stochastic depth of the last block; rises linearly from none
+    attention_drop_out: BelowOne = 0.0  # of attention weights, rising alike; officially the same
+    embedding_drop_out: BelowOne = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +127,12 @@ class BikeConfig:
 class EvlConfig:
     """EVL: one query per clip reads the tokens of the last blocks of a frozen trunk."""
 
-    layers: int = 4  # K: decoder layers, on as many last blocks
-    qkv_dim: int = 0  # D, width of the query's attention; 0: the trunk's width
-    heads: int = 0  # 0: one for every 64 of the width
-    mlp_factor: float = 4.0
-    class_drop_out: float = 0.5  # before the last linear layer
-    mlp_drop_out: float = 0.5
+    layers: Count = 4  # K: decoder layers, on as many last blocks
+    qkv_dim: Natural = 0  # D, width of the query's attention; 0: the trunk's width
+    heads: Natural = 0  # 0: one for every 64 of the width
+    mlp_factor: Positive = 4.0
+    class_drop_out: BelowOne = 0.5  # before the last linear layer
+    mlp_drop_out: BelowOne = 0.5
     temporal_conv: bool = True
     temporal_position: bool = True
     temporal_attention: bool = True
@@ -134,9 +147,9 @@ class VitaConfig:
 
     summary: bool = True  # a token a frame: what its class token learns of the other frames'
     local_prompts: bool = True  # a token for each frame of a clip, seen by all of them
-    global_prompts: int = 8  # learned tokens of each block; 0: none
+    global_prompts: Natural = 8  # learned tokens of each block; 0: none
     text: Literal["prompts", "classifier"] = "prompts"  # learned words; or `classifier` above
-    context: int = 8  # learned words around a class name
+    context: Count = 8  # learned words around a class name
     context_words: str = ""  # they start as these words and are shared; underscores are spaces
     position: Literal["end", "middle", "front"] = "end"  # of the class name
     per_class: bool = True  # every class its own words; off: one set that fits any classes
@@ -147,11 +160,11 @@ class VitaConfig:
 class XClipConfig:
     """X-CLIP: message tokens, frame integration, text conditioned on the video."""
 
-    integration_layers: int = 1  # of the transformer over frame embeddings
-    integration_heads: int = 0  # 0: one for every 64 of the width
-    prompt_layers: int = 2  # of the cross-attention from text to patches
-    prompt_heads: int = 8
-    prompt_scale: float = 1e-4  # initial weight of what the video adds to the text
+    integration_layers: Natural = 1  # of the transformer over frame embeddings
+    integration_heads: Natural = 0  # 0: one for every 64 of the width
+    prompt_layers: Natural = 2  # of the cross-attention from text to patches
+    prompt_heads: Count = 8
+    prompt_scale: Finite = 1e-4  # initial weight of what the video adds to the text
     train_text: bool = False  # the text tower; the released runs keep it as it is
 
 
@@ -175,24 +188,24 @@ class ActionClipConfig:
 class OpenVclipConfig:
     """Open-VCLIP: attention over neighbouring frames, weights drawn back towards CLIP."""
 
-    clip_share: float = 0.0  # of CLIP's own weights in those that are scored
+    clip_share: Share = 0.0  # of CLIP's own weights in those that are scored
     clip_weights: str = "openai"
-    pull: float = 0.0  # in training: of a second loss, at weights drawn back; the paper's is 0.5
-    pull_shares: tuple[float, float] = (0.0, 0.6)  # of CLIP's weights in it, drawn every time
+    pull: Amount = 0.0  # in training: of a second loss, at weights drawn back; the paper's is 0.5
+    pull_shares: tuple[BelowOne, BelowOne] = (0.0, 0.6)  # of CLIP's weights in it, drawn every time
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with two learning rates and a per-iteration schedule."""
 
-    lr: float = 5e-5
-    clip_ratio: float = 0.1  # learning rate of the CLIP parameters, relative to lr
-    weight_decay: float = 0.2
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    lr: Amount = 5e-5
+    clip_ratio: Amount = 0.1  # learning rate of the CLIP parameters, relative to lr
+    weight_decay: Amount = 0.2
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    eps: Amount = 1e-8
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
-    warmup_epochs: float = 5.0
-    milestones: tuple[float, ...] = ()  # epochs, for multistep
+    warmup_epochs: Amount = 5.0
+    milestones: tuple[Amount, ...] = ()  # epochs, for multistep
     official_updates: bool = False  # the official code's steps: lr set every tenth iteration
     rate_at: Literal["middle", "start"] = "middle"  # the point of a step that gives it its lr
 
@@ -201,22 +214,22 @@ class OptimConfig:
 class TrainConfig:
     """The training loop: length, batch, precision, ZeRO, what is written and when."""
 
-    epochs: float = 30.0
-    steps: int = 0  # optimiser steps, in place of epochs; 0: epochs
-    average_from: int = 0  # the mean of the weights at the ends of this and later epochs; 0: none
-    batch_size: int = 256  # global: clips per optimiser step
-    micro_batch_size: int = 8  # clips per process and forward
+    epochs: Amount = 30.0
+    steps: Natural = 0  # optimiser steps, in place of epochs; 0: epochs
+    average_from: Natural = 0  # mean of the weights at the ends of this and later epochs; 0: none
+    batch_size: Count = 256  # global: clips per optimiser step
+    micro_batch_size: Count = 8  # clips per process and forward
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    gradient_clipping: float = 0.0  # 0 turns it off
+    gradient_clipping: Amount = 0.0  # 0 turns it off
     activation_checkpointing: bool = False  # whole blocks anew in the backward pass
     recompute_outputs: bool = False  # LayerNorm's and QuickGELU's alone: no product twice
     deepspeed: str = ""  # a DeepSpeed JSON laid under the engine's own settings
-    checkpoint_every: int = 1000  # optimiser steps
-    keep_checkpoints: int = 2
-    eval_every: float = 1.0  # epochs; 0 evaluates at the end only
-    log_every: int = 10  # optimiser steps
-    max_skipped_steps: int = 20  # consecutive non-finite steps before the run stops
+    checkpoint_every: Count = 1000  # optimiser steps
+    keep_checkpoints: Count = 2
+    eval_every: Amount = 1.0  # epochs; 0 evaluates at the end only
+    log_every: Count = 10  # optimiser steps
+    max_skipped_steps: Natural = 20  # consecutive non-finite steps before the run stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +238,7 @@ class EvalConfig:
 
     precision: EvalPrecision = "bf16"
     compile: Compile = "auto"  # a CUDA graph on a GPU, packed layers on a CPU; always: Inductor
-    batch_frames: int = 0  # images per forward; 0 finds the fastest that fits
+    batch_frames: Natural = 0  # images per forward; 0 finds the fastest that fits
     deterministic: bool = False  # fixed batch shapes: results repeat to the byte
 
 
@@ -235,7 +248,7 @@ class Config:
 
     name: str = "run"
     method: str = "text4vis"
-    seed: int = 1024
+    seed: Seed = 1024
     output: str = ""  # empty: runs/<name>
     model: ModelConfig = field(default_factory=ModelConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
