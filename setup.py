@@ -11,7 +11,7 @@ os.environ.setdefault("DS_BUILD_OPS", "0")
 
 HERE = Path(__file__).parent
 VERSION = re.search(
-    r'^__version__ = "([^"]+)"', (HERE / "engine/kineticlip/__init__.py").read_text(), re.M
+    r'^__version__ = "([^"]+)"', (HERE / "engine/kineticlip/runtime/version.py").read_text(), re.M
 ).group(1)
 
 setup(

@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kineticlip import __version__
-from kineticlip.runtime.errors import UserError
+from kineticlip.runtime.errors import UserError, did_you_mean
+from kineticlip.runtime.version import __version__
 
 # name -> one line of help; the code is kineticlip.commands.<name>
 COMMANDS = {
@@ -78,10 +78,27 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def _command_word(arguments: Sequence[str]) -> str | None:
+    words = iter(arguments)
+    for word in words:
+        if word == "--local_rank":
+            next(words, None)
+        elif not word.startswith("-"):
+            return word
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; 0: done, 1: a check failed, 2: the caller's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    selected = next((word for word in arguments if not word.startswith("-")), None)
+    selected = _command_word(arguments)
+    if not arguments:
+        build_parser().print_help(sys.stderr)
+        return 2
+    if selected is not None and selected not in COMMANDS:
+        hint = did_you_mean(selected, COMMANDS)
+        print(f"error: there is no command '{selected}'. {hint}", file=sys.stderr)
+        return 2
     args = build_parser(selected).parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.addLevelName(logging.WARNING, "warning")

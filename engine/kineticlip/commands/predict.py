@@ -24,7 +24,6 @@ def run(args: argparse.Namespace) -> int:
     from kineticlip.evaluation.recognizer import (
         load_recognizer,
         pick_device,
-        predict,
         scoring_others,
     )
     from kineticlip.runtime.errors import UserError
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("no class names: give --labels 'first, second' or a label file")
         names = read_labels(config.data.labels)
     recognizer = load_recognizer(config, names, device=pick_device())
-    found = predict(recognizer, args.video)
+    found = recognizer.predict(args.video)
     ranking = found.ranking[: args.top]
     if args.json:
         document = {

@@ -6,6 +6,7 @@ from kineticlip.config.load import (
     load_config,
     override,
     read_config,
+    recipes,
 )
 from kineticlip.config.schema import (
     CLIP_LOAD,
@@ -60,4 +61,5 @@ __all__ = [
     "load_config",
     "override",
     "read_config",
+    "recipes",
 ]

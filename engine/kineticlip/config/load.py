@@ -78,19 +78,24 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with the engine, by name."""
+    package = Path(__file__).parents[1]
+    folders = (package / "configs", package.parents[1] / "configs")
+    return {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+
+
 def _locate(path: str | Path) -> Path:
     """The file itself, or the recipe of that name: beside this package, or in the repository."""
     given = Path(path)
     if given.exists() or given.suffix or len(given.parts) != 1:
         return given
-    package = Path(__file__).parents[1]
-    folders = (package / "configs", package.parents[1] / "configs")
-    recipes = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
-    if given.name not in recipes:
+    found = recipes()
+    if given.name not in found:
         raise UserError(
-            f"{path}: no such file, and no recipe of that name. {did_you_mean(str(path), recipes)}"
+            f"{path}: no such file, and no recipe of that name. {did_you_mean(str(path), found)}"
         )
-    return recipes[given.name]
+    return found[given.name]
 
 
 def _read_yaml(path: Path, where: dict[str, str], notes: list[str]) -> dict[str, Any]:

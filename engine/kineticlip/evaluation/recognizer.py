@@ -54,6 +54,27 @@ class Recognizer:
     def chunk(self) -> int:
         return self.config.eval.batch_frames or default_chunk(self.device)
 
+    def predict(self, video: str | Path) -> Prediction:
+        """Ranks the classes for one video file or frame folder, with the configured views.
+
+        Raises VideoError where it cannot be decoded.
+        """
+        views = views_of(video, self.config, pipeline=self.method.pipeline)
+        stream = score_stream(
+            self.model, self.method, [views], device=self.device, chunk=self.chunk
+        )
+        item = next(stream)
+        assert isinstance(item, Scored)
+        scores, order = item.scores.sort(descending=True, stable=True)
+        ranking = zip(order.tolist(), scores.tolist(), strict=True)
+        return Prediction(
+            video=str(video),
+            ranking=tuple((self.class_names[number], score) for number, score in ranking),
+            frames=item.video.num_frames,
+            views=item.video.num_views,
+            decoder=item.video.decoder,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -184,32 +205,6 @@ def compare_first(
         recognizer.model, recognizer.reference, recognizer.method, videos, recognizer.chunk
     )
     return itertools.chain(first, source), delta
-
-
-def predict(recognizer: Recognizer, video: str | Path) -> Prediction:
-    """Ranks the classes for one video file or frame folder, with the configured views.
-
-    Raises VideoError where it cannot be decoded.
-    """
-    views = views_of(video, recognizer.config, pipeline=recognizer.method.pipeline)
-    stream = score_stream(
-        recognizer.model,
-        recognizer.method,
-        [views],
-        device=recognizer.device,
-        chunk=recognizer.chunk,
-    )
-    item = next(stream)
-    assert isinstance(item, Scored)
-    scores, order = item.scores.sort(descending=True, stable=True)
-    ranking = zip(order.tolist(), scores.tolist(), strict=True)
-    return Prediction(
-        video=str(video),
-        ranking=tuple((recognizer.class_names[number], score) for number, score in ranking),
-        frames=item.video.num_frames,
-        views=item.video.num_views,
-        decoder=item.video.decoder,
-    )
 
 
 def pick_device() -> torch.device:

@@ -67,16 +67,22 @@ def listed_videos(config: Config) -> tuple[tuple[str, ...], VideoList]:
 
 
 def evaluate_list(
-    config: Config, out: Path, options: ListOptions, *, speed: dict[str, Any] | None = None
+    config: Config,
+    out: Path,
+    options: ListOptions,
+    *,
+    speed: dict[str, Any] | None = None,
+    recognizer: Recognizer | None = None,
 ) -> dict[str, Any]:
     """Scores the videos of data.val_list that have no result in `out` yet; gives the summary.
 
     speed: of the processes that have scored the list already. Where nothing was left to score, the
-    summary keeps the speed, and what was compared, of the run that did the work.
+    summary keeps the speed, and what was compared, of the run that did the work. recognizer: of
+    this configuration, loaded already, with class names of its own.
     """
     if not options.fresh:
         take_over_parts(out)
-    with _opened(config, out, options) as run:
+    with _opened(config, out, options, recognizer) as run:
         here, extra = _score(run, run.entries)
         speed = dict(speed or here)
         extra.update(speed.pop("extra", {}))
@@ -115,15 +121,21 @@ def evaluate_share(
 
 
 @contextmanager
-def _opened(config: Config, out: Path, options: ListOptions) -> Iterator[_Run]:
-    class_names, listed = listed_videos(config)
+def _opened(
+    config: Config, out: Path, options: ListOptions, recognizer: Recognizer | None = None
+) -> Iterator[_Run]:
+    if recognizer is None:
+        class_names, listed = listed_videos(config)
+    else:
+        class_names = recognizer.class_names
+        listed = scoring_list(config, len(class_names))
     entries = listed.entries[: options.limit]
     if not entries:
         raise UserError(f"{config.data.val_list}: no video to score; {listed.summary()}")
     check_protocols(options.metrics, entries, num_classes=len(class_names))
     if listed.empty or listed.short:
         print(listed.summary(), file=sys.stderr)
-    recognizer = load_recognizer(
+    recognizer = recognizer or load_recognizer(
         config, class_names, device=pick_device(), with_reference=not config.data.features
     )
     listing = [(entry.name, entry.label) for entry in entries]

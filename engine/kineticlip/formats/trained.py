@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kineticlip import __version__
 from kineticlip.config import Config, config_to_dict
 from kineticlip.formats.convert import save_checkpoint
 from kineticlip.formats.load import read_checkpoint
 from kineticlip.runtime.errors import UserError
+from kineticlip.runtime.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)

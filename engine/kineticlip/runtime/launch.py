@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import kineticlip
 import kineticlip_kernels
 from kineticlip.runtime.distributed import free_port
 from kineticlip.runtime.errors import UserError
@@ -31,7 +30,7 @@ def child_environment() -> dict[str, str]:
     like the package, a clone of it say, would hide it.
     """
     environment = dict(os.environ)
-    packages = [Path(module.__path__[0]).parent for module in (kineticlip, kineticlip_kernels)]
+    packages = [Path(__file__).parents[2], Path(kineticlip_kernels.__path__[0]).parent]
     missing = [str(path) for path in packages if str(path) not in sys.path]
     if missing:
         known = environment.get("PYTHONPATH", "").split(os.pathsep)

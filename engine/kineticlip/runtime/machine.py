@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from kineticlip import __version__
+from kineticlip.runtime.version import __version__
 
 SOFTWARE = (
     "torch", "torchvision", "triton", "xformers", "deepspeed", "open_clip_torch", "torchcodec",

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kineticlip import __version__
 from kineticlip.config import Config, config_to_dict
 from kineticlip.runtime.distributed import Ranks, barrier
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.files import move, sync, write_atomic
 from kineticlip.runtime.journal import dump_json
+from kineticlip.runtime.version import __version__
 
 MANIFEST = "MANIFEST.json"
 FORMATS = (1, 2)  # of checkpoints that this version goes on from
