@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernel_results import keep
 from kineticlip.config import EvlConfig
-from kineticlip.methods.cost import evl as evl_parts
+from kineticlip.methods.evl_cost import decoder_cost
 from kineticlip.methods.evl_decoder import Decoder, decoder_shape
 from kineticlip.models.architectures import VisionShape, architecture
 from kineticlip.models.transformer import Tap
@@ -228,7 +228,7 @@ def evl(arch: str, frames: int, clips: int, rounds: int) -> dict[str, Any]:
 
 
 def evl_counts(arch: str, frames: int, clips: int) -> dict[str, Any]:
-    """Forward multiply-adds that torch counts, beside those of kineticlip.methods.cost.
+    """Forward multiply-adds that torch counts, beside those of kineticlip.methods.evl_cost.
 
     torch sees products of matrices and convolutions. The engine's sums over offsets are products
     with bins that are half zeros, and its convolution is elementwise.
@@ -238,9 +238,7 @@ def evl_counts(arch: str, frames: int, clips: int) -> dict[str, Any]:
     shape = decoder_shape(EvlConfig(), trunk, frames)
     parts = {
         part.name: part
-        for part in evl_parts(
-            trunk, frames, classes=1, layers=shape.layers, qkv_dim=shape.qkv_dim, heads=shape.heads
-        )
+        for part in decoder_cost(shape, classes=1)
         if part.name.startswith("decoder")
     }
     convolution = parts["decoder temporal convolutions"].ours

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kineticlip.config import Config, DataConfig, ModelConfig
+from kineticlip.config import Config, DataConfig, ModelConfig, VitaConfig
 from kineticlip.data.batch import VideoViews
 from kineticlip.data.labels import read_labels
-from kineticlip.methods.cost import vitaclip as parts_of
 from kineticlip.methods.prompts_vision import VisionPrompts
-from kineticlip.methods.vitaclip import VITACLIP, VitaCLIP, build
+from kineticlip.methods.vitaclip import METHOD, VitaCLIP, build
+from kineticlip.methods.vitaclip_cost import clip_cost
 from kineticlip.models.architectures import Architecture, VisionShape, architecture
 from kineticlip.models.cost import totals
 from kineticlip.models.vision import VisionTransformer
@@ -49,7 +49,7 @@ def vitaclip(arch: str, frames: int, clips: int, rounds: int) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {"straightforward": [], "engine": []}
         cpu: dict[str, list[float]] = {"straightforward": [], "engine": []}
         for _ in range(rounds):
-            for face, form in (("straightforward", _plain_scores), ("engine", VITACLIP.score)):
+            for face, form in (("straightforward", _plain_scores), ("engine", METHOD.score)):
                 start, busy = time.perf_counter(), time.process_time()
                 scores[face] = form(model, videos, CHUNK)
                 seconds[face].append(time.perf_counter() - start)
@@ -80,9 +80,9 @@ def vitaclip_counts(arch: str, frames: int) -> dict[str, Any]:
             _plain_clips(visual, prompts, pixels[None])
         with FlopCounterMode(display=False) as lean:
             visual(pixels, sources=prompts, offset=prompts.offset(1, frames), pool=frames)
-    parts = parts_of(model, frames, classes=400)
+    parts = clip_cost(VitaConfig(), shape, frames)
     arithmetic = totals(parts)
-    shared = sum(part.ours for part in parts if part.once and part.name != "text tower")
+    shared = sum(part.ours for part in parts if part.once)
     # Weights of the one summary token times its value: for torch that is no product of matrices.
     unseen = (shape.layers - 1) * frames * shape.tokens * shape.width
     return {

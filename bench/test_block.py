@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_bench import DEVICE, GPU, SHAPES, Case, Shape, randn, spread
-from kineticlip.models.transformer import Block
+from kineticlip.models.transformer import Block, BlockShape
 from kineticlip_kernels import cost
 
 
@@ -48,7 +48,8 @@ class Naive(nn.Module):
 
 
 def engine_block(width: int, heads: int, kernels: Any, attention: Any) -> nn.Module:
-    block = Block(width, heads, mlp_width=4 * width, kernels=kernels, attention=attention)
+    shape = BlockShape(width=width, heads=heads, mlp_width=4 * width)
+    block = Block(shape, kernels=kernels, attention=attention)
     block.initialise_like_clip(24)
     return block
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kineticlip.methods.cost import vitaclip
+from kineticlip.config import Config
+from kineticlip.methods.vitaclip_cost import cost
 from kineticlip.models.architectures import architecture
 from kineticlip.models.cost import text, totals
 
@@ -67,7 +68,7 @@ def test_multiply_adds_of_prompts_are_torchs(arch: str, frames: int) -> None:
 def test_evaluation_over_three_views_needs_a_third_of_the_products() -> None:
     """Text is most of it: 400 classes once, not with every video."""
     model = architecture("ViT-B-16")
-    clip, sentences = totals(vitaclip(model, 8, classes=400)), text(model.text, 400)
+    clip, sentences = totals(cost(Config(), model, 400)), text(model.text, 400)
     assert 3 * clip.official + sentences.official >= 4 * 3 * clip.ours
 
 

@@ -21,6 +21,7 @@ from kineticlip.evaluation.feature_store import (
     FeatureClips,
     FeatureStore,
     FeatureViews,
+    cut_of,
     facts_of,
     open_store,
     write_features,
@@ -82,8 +83,9 @@ def made(request: pytest.FixtureRequest, tmp_path: Path):
                 parameter.add_(torch.randn(parameter.shape) * 0.05)
     listed, folder = entries(5), tmp_path / "features"
     facts = facts_of(config, method, model)
+    encode = cut_of(config, method, model).encode
     count = write_features(
-        folder, views, listed, model=model, facts=facts, device=CPU, chunk=4, shard_bytes=1
+        folder, views, listed, encode=encode, facts=facts, device=CPU, chunk=4, shard_bytes=1
     )
     assert count == (4, 1)
     config = replace(config, data=replace(config.data, features=str(folder)))
@@ -162,8 +164,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
     def write(stream, shard_bytes: int) -> None:
         write_features(
-            tmp_path / "f", stream, listed, model=model, facts=facts, device=CPU, chunk=4,
-            shard_bytes=shard_bytes,
+            tmp_path / "f", stream, listed, encode=cut_of(config, method, model).encode,
+            facts=facts, device=CPU, chunk=4, shard_bytes=shard_bytes,
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
@@ -211,6 +213,9 @@ def test_trained_trunks_have_no_features() -> None:
     config = settings("text4vis", "text4vis.temporal_module=tokenshift")
     with pytest.raises(UserError, match="mixes them"):
         facts_of(config, METHODS["text4vis"], METHODS["text4vis"].build(config, NAMES))
+    config, method = settings("vificlip"), METHODS["vificlip"]
+    with pytest.raises(UserError, match=r"method vificlip: no features .*: text4vis, evl"):
+        facts_of(config, method, method.build(config, NAMES))
 
 
 def test_the_command_writes_what_eval_and_train_read(

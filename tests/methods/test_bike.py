@@ -20,7 +20,7 @@ from kineticlip.config import (
 )
 from kineticlip.data.batch import Batch, VideoViews
 from kineticlip.methods import METHODS
-from kineticlip.methods.bike import BIKE, BikeCLIP, build, encode_sentences
+from kineticlip.methods.bike import METHOD, BikeCLIP, build, encode_sentences
 from kineticlip.methods.nce import matching_loss
 from kineticlip.methods.text4vis import VideoCLIP
 from kineticlip.models.architectures import architecture
@@ -81,7 +81,7 @@ def test_official_logits_and_scores(header: str, interaction: str) -> None:
         num_frames=99,
     )
     with torch.inference_mode():
-        scores = BIKE.score(model, [video, video], 3)
+        scores = METHOD.score(model, [video, video], 3)
     expected = GOLDEN[f"test_score_{header}_{interaction}"]
     torch.testing.assert_close(scores, expected.expand(2, -1), atol=1e-6, rtol=0)
 
@@ -90,7 +90,7 @@ def test_official_logits_and_scores(header: str, interaction: str) -> None:
 def test_training_matches_clips_with_the_sentences_of_the_batch(interaction: str) -> None:
     model = official("Transf", interaction).train()
     labels = torch.tensor([7, 3])
-    value, metrics = BIKE.loss(model, Batch(pixels=PIXELS, labels=labels, names=()))
+    value, metrics = METHOD.loss(model, Batch(pixels=PIXELS, labels=labels, names=()))
     logits = model.logit_scale.detach().exp() * GOLDEN[f"logits_Transf_{interaction}"][:, labels]
     torch.testing.assert_close(value, matching_loss(logits, labels), atol=1e-4, rtol=0)
     hits = logits.argmax(1) == torch.tensor([0, 1])
@@ -99,7 +99,7 @@ def test_training_matches_clips_with_the_sentences_of_the_batch(interaction: str
     assert all(parameter.grad is not None for parameter in model.parameters())
     names = {name.split(".")[0] for name, _ in model.named_parameters()}
     assert names == {"visual", "fusion_model", "logit_scale"}  # no text tower
-    clip, new = BIKE.param_groups(model, Config())
+    clip, new = METHOD.param_groups(model, Config())
     assert len(new["params"]) == len(list(model.fusion_model.parameters()))
     assert clip["lr"] == pytest.approx(0.1 * new["lr"])
 
@@ -113,11 +113,11 @@ def test_frame_scores_are_those_of_the_official_zero_shot_test() -> None:
         num_frames=3,
     )  # fmt: skip
     with torch.inference_mode():
-        scores = BIKE.score(model, [video], 2)
+        scores = METHOD.score(model, [video], 2)
         features = model.visual(images.squeeze(1))[[0, 1, 2, 1]]  # raw: not normalised
         sentences = model.frozen.get_buffer("sentences")
         expected = torch.stack([(100 * row @ sentences.T).softmax(0) for row in features]).mean(0)
-        header = BIKE.score(build(tiny(), ("red ball", "blue ball", "gray ball")), [video], 2)
+        header = METHOD.score(build(tiny(), ("red ball", "blue ball", "gray ball")), [video], 2)
     torch.testing.assert_close(scores[0], expected, atol=1e-5, rtol=0)
     assert (scores - header).abs().max() > 0.01
 

@@ -20,7 +20,7 @@ from kineticlip.config import (
 )
 from kineticlip.data.batch import Batch, VideoViews
 from kineticlip.methods import METHODS
-from kineticlip.methods.contrastive import CONTRASTIVE, ContrastiveCLIP, build
+from kineticlip.methods.contrastive import METHOD, ContrastiveCLIP, build
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import VideoCLIP
 from kineticlip.models.temporal import TemporalTransformer
@@ -125,7 +125,7 @@ def test_classes_are_encoded_again_after_training() -> None:
 def test_both_towers_learn(loss: str) -> None:
     model = official(loss=loss).train()
     labels = torch.tensor([7, 3])
-    value, metrics = CONTRASTIVE.loss(model, Batch(pixels=PIXELS, labels=labels, names=()))
+    value, metrics = METHOD.loss(model, Batch(pixels=PIXELS, labels=labels, names=()))
     logits = tensors("case_vit_plain")["logits_Transf"]
     if loss == "ce":
         expected = F.cross_entropy(logits, labels)
@@ -170,12 +170,12 @@ def test_frozen_sentences_train_no_text_tower() -> None:
         torch.testing.assert_close(online(pixels), frozen(pixels), atol=1e-5, rtol=0)
     lone = {name.split(".")[0] for name, _ in frozen.named_parameters()}
     assert lone == {"visual", "fusion_model", "logit_scale"}
-    clip, new = CONTRASTIVE.param_groups(online, tiny())
+    clip, new = METHOD.param_groups(online, tiny())
     assert clip["lr"] == pytest.approx(0.1 * new["lr"])
     assert len(clip["params"]) + len(new["params"]) == len(list(online.parameters()))
     fixed = build(tiny(train_visual=False), names)
     assert not any(parameter.requires_grad for parameter in fixed.visual.parameters())
-    assert len(CONTRASTIVE.param_groups(fixed, tiny())) == 2  # text tower and header still train
+    assert len(METHOD.param_groups(fixed, tiny())) == 2  # text tower and header still train
 
     video = VideoViews(
         name="a",
@@ -187,7 +187,7 @@ def test_frozen_sentences_train_no_text_tower() -> None:
         num_frames=3,
     )
     with torch.inference_mode():
-        scores = CONTRASTIVE.score(online, [video], 2)
+        scores = METHOD.score(online, [video], 2)
         expected = (online(pixels[:1]) / online.logit_scale.exp() * 100).softmax(-1)
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
 
@@ -198,4 +198,4 @@ def test_options_that_do_not_fit() -> None:
         build(config, ("a",))
     several = Batch(pixels=PIXELS, labels=torch.ones(2, 10), names=())
     with pytest.raises(UserError, match="several labels"):
-        CONTRASTIVE.loss(official(), several)
+        METHOD.loss(official(), several)

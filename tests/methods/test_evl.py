@@ -16,7 +16,7 @@ from kineticlip.commands.parity.evl.model import load_model
 from kineticlip.config import Config, load_config
 from kineticlip.data.batch import Batch, VideoViews
 from kineticlip.methods import METHODS
-from kineticlip.methods.evl import EVL, EVL_METHOD, build, packs
+from kineticlip.methods.evl import EVL, METHOD, build, packs
 from kineticlip.runtime.errors import UserError
 from kineticlip.training.optim import build_optimizer
 from moving_clips import moving_clips
@@ -65,12 +65,12 @@ def test_only_the_decoder_trains_and_nothing_of_the_trunk_is_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, metrics = EVL_METHOD.loss(model, batch())
+        loss, metrics = METHOD.loss(model, batch())
     loss.backward()
     assert set(metrics) == {"accuracy"}
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
     assert trained == {n for n, _ in model.named_parameters() if not n.startswith("visual.")}
-    (group,) = EVL_METHOD.param_groups(model, settings("optim.lr=4e-4", "optim.weight_decay=0.05"))
+    (group,) = METHOD.param_groups(model, settings("optim.lr=4e-4", "optim.weight_decay=0.05"))
     assert len(group["params"]) == len(trained)
     assert (group["lr"], group["weight_decay"]) == (4e-4, 0.05)
     # Two layers: normalised tokens, the block's own for the convolution, maps; small change.
@@ -84,7 +84,7 @@ def test_fine_tuning_the_trunk_has_the_gradients_of_a_finite_difference() -> Non
     model = lively(build(config, NAMES)).double()
     data = replace(batch(), pixels=clips(2).double())
     parameters = dict(model.named_parameters())
-    loss, _ = EVL_METHOD.loss(lambda x: model.classify(x.flatten(0, 1), len(x)), data)
+    loss, _ = METHOD.loss(lambda x: model.classify(x.flatten(0, 1), len(x)), data)
     loss.backward()
     assert parameters["visual.proj"].grad is None
     name = "visual.transformer.resblocks.2.attn.in_proj_weight"
@@ -105,7 +105,7 @@ def test_fine_tuning_the_trunk_has_the_gradients_of_a_finite_difference() -> Non
 def test_zero_stage_3_is_refused_in_one_line() -> None:
     config = settings("train.zero_stage=3")
     with pytest.raises(UserError, match=r"train.zero_stage: EVL trains at stages 0 to 2"):
-        EVL_METHOD.param_groups(build(config, NAMES), config)
+        METHOD.param_groups(build(config, NAMES), config)
 
 
 def test_the_key_bias_decays_without_a_gradient() -> None:
@@ -114,8 +114,8 @@ def test_the_key_bias_decays_without_a_gradient() -> None:
     with torch.no_grad():
         bias.fill_(1.0)
     config = settings("optim.lr=0.1", "optim.weight_decay=0.5")
-    optimizer = build_optimizer(EVL_METHOD.param_groups(model, config), config.optim)
-    EVL_METHOD.loss(model, batch())[0].backward()
+    optimizer = build_optimizer(METHOD.param_groups(model, config), config.optim)
+    METHOD.loss(model, batch())[0].backward()
     assert bias.grad is not None and not bias.grad.any()
     optimizer.step()
     torch.testing.assert_close(bias.detach(), torch.full_like(bias, 0.95))
@@ -141,7 +141,7 @@ def test_shared_images_change_no_score(chunk: int) -> None:
             )
         )
     with torch.inference_mode():
-        scores = EVL_METHOD.score(model, videos, chunk)
+        scores = METHOD.score(model, videos, chunk)
         written_out = [model(video.clips()).softmax(dim=1).mean(dim=0) for video in videos]
     torch.testing.assert_close(scores, torch.stack(written_out), atol=1e-6, rtol=1e-5)
 
@@ -195,7 +195,7 @@ def test_an_official_file_takes_its_trunk_from_elsewhere(tmp_path: Path) -> None
         (("data.resolution=224",), NAMES, "data.resolution: ViT-tiny-16 takes 64 px, not 224"),
         (("evl.layers=5",), NAMES, "evl.layers: 5 decoder layers, 4 blocks"),
         (("evl.heads=3",), NAMES, "evl.heads: a width of 128"),
-        (("model.arch=RN50", "data.resolution=224"), NAMES, "RN50 is none"),
+        (("model.arch=RN50", "data.resolution=224"), NAMES, "RN50 is a ResNet; EVL needs a ViT"),
     ],
 )
 def test_what_does_not_fit_is_one_line(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kineticlip.formats.trained import load_weights
-from kineticlip.methods.evl import EVL, EVL_METHOD, build, cast_trunk
+from kineticlip.methods.evl import EVL, METHOD, build, cast_trunk
 from kineticlip.runtime.distributed import Ranks, initialise
 from kineticlip.runtime.errors import UserError
 from kineticlip.training.job import Job, Outcome, Validate
@@ -44,7 +44,7 @@ def run(
     config = settings("evl", output, "evl.backbone_precision=bf16", *more)
     job = Job(
         config=config,
-        method=EVL_METHOD,
+        method=METHOD,
         model=lively(),
         loader=Clips(Ranks()),
         ranks=Ranks(),
@@ -76,7 +76,7 @@ def test_the_trunk_alone_is_rounded(precision: str) -> None:
     atol = 4 * torch.finfo(dtype).eps * float(expected.abs().max())  # roundings of four blocks
     torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
     assert not torch.equal(logits, expected)
-    loss, _ = EVL_METHOD.loss(model, batch)
+    loss, _ = METHOD.loss(model, batch)
     loss.backward()
     graded = {p.grad.dtype for p in model.parameters() if p.grad is not None}
     assert graded == {torch.float32}

@@ -136,7 +136,7 @@ def pulled(tmp_path: Path, *changes: str) -> torch.nn.Module:
              f"openvclip.clip_weights={tmp_path}/clip.safetensors")  # fmt: skip
     settings = config("openvclip", *files, "openvclip.pull=0.5", *changes)
     model = METHODS["openvclip"].build(settings, NAMES).eval()
-    assert METHODS["openvclip"].prepare(model, settings) == {}
+    assert METHODS["openvclip"].before_training(model, settings) == {}
     return model
 
 

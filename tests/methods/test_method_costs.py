@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kineticlip.__main__ import main
-from kineticlip.methods.cost import evl, header, text4vis, vitaclip
-from kineticlip.models.architectures import ResNetShape, TextShape, VisionShape, architecture
-from kineticlip.models.cost import Part, resnet, text, totals, vit
+from kineticlip.config import VitaConfig, load_config
+from kineticlip.methods import METHODS
+from kineticlip.methods.vitaclip_cost import clip_cost
+from kineticlip.models.architectures import VisionShape, architecture
+from kineticlip.models.cost import Part, text, totals
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = VisionShape(resolution=32, patch=8, width=64, layers=3, heads=4, embed=32, mlp_width=192)
 
 
 def giga(macs: int) -> float:
@@ -29,13 +30,10 @@ def vit_of(name: str) -> VisionShape:
     return shape
 
 
-def counted(module: nn.Module, *inputs: torch.Tensor) -> int:
-    """Multiply-adds by torch's counter, on tensors without memory."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*inputs)
-    flops = counter.get_total_flops()
-    assert flops % 2 == 0
-    return int(flops // 2)
+def cost(method: str, name: str, frames: int, *more: str) -> list[Part]:
+    """The parts of a method on a named architecture, 400 classes."""
+    config = load_config(None, [f"data.num_frames={frames}", *more])
+    return METHODS[method].cost(config, architecture(name), 400)
 
 
 # Published and specified numbers ----------------------------------------------------------------
@@ -54,14 +52,14 @@ def counted(module: nn.Module, *inputs: torch.Tensor) -> int:
     ],
 )
 def test_text4vis_costs(name: str, frames: int, true: float, paper: float) -> None:
-    sums = totals(text4vis(architecture(name), frames))
+    sums = totals(cost("text4vis", name, frames))
     assert (giga(sums.official), giga(sums.paper)) == (true, paper)
     assert sums.ours < sums.official
 
 
 @pytest.mark.parametrize(("frames", "true"), [(8, 49.50), (16, 98.99), (32, 198.00)])
 def test_text4vis_costs_with_a_resnet(frames: int, true: float) -> None:
-    assert giga(totals(text4vis(architecture("RN50"), frames)).official) == true
+    assert giga(totals(cost("text4vis", "RN50", frames)).official) == true
 
 
 @pytest.mark.parametrize(
@@ -75,7 +73,7 @@ def test_text4vis_costs_with_a_resnet(frames: int, true: float) -> None:
     ],
 )
 def test_text4vis_parameters(name: str, model: int, side: int, printed: float | None) -> None:
-    sums = totals(text4vis(architecture(name), 8))
+    sums = totals(cost("text4vis", name, 8))
     assert sums.parameters == sums.trained == model
     assert text(architecture(name).text, 1).parameters == side
     if printed:
@@ -83,26 +81,26 @@ def test_text4vis_parameters(name: str, model: int, side: int, printed: float | 
 
 
 def test_breakdown_of_a_large_tower() -> None:
-    parts = {part.name: giga(part.official) for part in text4vis(architecture("ViT-L-14"), 8)}
+    parts = {part.name: giga(part.official) for part in cost("text4vis", "ViT-L-14", 8)}
     assert parts["visual patch embedding"] == 1.23
     assert parts["visual q, k, v projections"] == 155.22
     assert parts["visual attention"] == 25.97
     assert parts["visual output projections"] == 51.74
     assert parts["visual MLPs"] == 413.93
-    rest = sum(part.official for part in header(768, 8)) + 8 * 1024 * 768  # and the projection
-    assert giga(rest) == 0.35
+    header = sum(part.official for part in header_parts("ViT-L-14", 8))
+    assert giga(header + 8 * 1024 * 768) == 0.35  # and the projection
 
 
 def test_evl_costs_and_parameters() -> None:
-    base = totals(evl(vit_of("ViT-B-16"), 8, classes=400))
+    base = totals(cost("evl", "ViT-B-16", 8))
     assert base.trained == 33_183_376
     assert giga(3 * base.paper) == 443.82
     assert giga(3 * base.official) == 453.88
-    large = totals(evl(vit_of("ViT-L-14"), 32, classes=400, qkv_dim=1024, heads=16))
+    large = totals(cost("evl", "ViT-L-14", 32))
     assert large.trained == 58_826_128
     assert round(3 * large.paper / 1e9) == 7984
     assert round(3 * large.official / 1e9) == 8085
-    wide = evl(vit_of("ViT-L-14-336"), 32, classes=400, qkv_dim=1024, heads=16)
+    wide = cost("evl", "ViT-L-14-336", 32)
     assert totals(wide).trained == 69_049_744
     maps = next(part for part in wide if part.name == "decoder temporal attention")
     assert round(maps.official / 1e9, 1) == 168.5
@@ -120,101 +118,50 @@ def test_evl_costs_and_parameters() -> None:
     ],
 )
 def test_vitaclip_costs(name: str, frames: int, official: float, ours: float) -> None:
-    model = architecture(name)
-    projected = totals(vitaclip(model, frames, classes=400, absorbed=False))
+    projected = totals(clip_cost(VitaConfig(), vit_of(name), frames, absorbed=False))
     assert round(projected.official / 1e9, 1) == official
     assert round(projected.ours / 1e9, 1) == ours
-    assert totals(vitaclip(model, frames, classes=400)).ours < projected.ours
+    found = totals(cost("vitaclip", name, frames))
+    assert found.official == projected.official and found.ours < projected.ours
 
 
 def test_vitaclip_parameters() -> None:
-    parts = vitaclip(architecture("ViT-B-16"), 8, classes=400)
+    parts = cost("vitaclip", "ViT-B-16", 8)
     assert totals(parts).trained == 30_158_849
-    published = vitaclip(architecture("ViT-B-16"), 8, classes=400, context=16, train_cls_proj=True)
+    more = ("vitaclip.context=16", "vitaclip.train_cls_proj=true")
+    published = cost("vitaclip", "ViT-B-16", 8, *more)
     assert totals(published).trained == 38_884_353
     frozen = next(part for part in parts if part.name == "class token projections")
     assert (frozen.parameters, frozen.trained) == (7_087_104, 0)
 
 
-def test_text_is_counted_once_and_cut_after_the_last_token() -> None:
-    shape = architecture("ViT-B-16").text
-    whole, cut = text(shape, 400), text(shape, 400, positions=18)
-    assert round(whole.official / 1e9) == 1192
-    assert round(cut.ours / 1e9) == 273
-    assert totals([whole]).official == 0
+def test_words_that_prompts_start_as_are_counted_one_by_one() -> None:
+    """Underscores are spaces: `a_video_of` is three words, which all classes share."""
+    parts = cost("vitaclip", "ViT-B-16", 8, "vitaclip.context_words=a_video_of")
+    assert next(part for part in parts if part.name == "text prompts").trained == 3 * 512
 
 
-# Against torch's counter and built models -------------------------------------------------------
-
-
-def test_vit_counts_are_torchs() -> None:
-    from open_clip.transformer import VisionTransformer as Official
-
-    from kineticlip.models.vision import VisionTransformer
-
-    with torch.device("meta"):
-        official = Official(32, 8, 64, 3, 4, 3.0, output_dim=32)
-        ours = VisionTransformer(SMALL, kernels="reference", attention="reference")
-        pixels = torch.zeros(6, 3, 32, 32)
-    sums = totals(vit(SMALL, 6))
-    assert counted(official, pixels) == sums.official
-    assert counted(ours, pixels) == sums.ours
-    assert sum(p.numel() for p in ours.parameters()) == sums.parameters
-
-
-@pytest.mark.parametrize("layers", [(1, 2, 1, 1), (3, 4, 6, 3)])
-def test_resnet_counts_are_torchs(layers: tuple[int, int, int, int]) -> None:
-    from open_clip.modified_resnet import ModifiedResNet as Official
-
-    from kineticlip.models.resnet import ModifiedResNet
-
-    shape = ResNetShape(resolution=64, width=16, layers=layers, heads=8, embed=24)
-    with torch.device("meta"):
-        official = Official(list(layers), output_dim=24, heads=8, image_size=64, width=16)
-        ours = ModifiedResNet(shape)
-        pixels = torch.zeros(2, 3, 64, 64)
-    sums = totals(resnet(shape, 2))
-    assert counted(official, pixels) == sums.official
-    assert counted(ours, pixels) == sums.ours
-    assert sum(p.numel() for p in ours.parameters()) == sums.parameters
+def header_parts(name: str, frames: int, *more: str) -> list[Part]:
+    return [p for p in cost("text4vis", name, frames, *more) if p.name.startswith("header")]
 
 
 def test_header_counts_are_torchs() -> None:
     from kineticlip.models.temporal import TemporalTransformer
 
     with torch.device("meta"):
-        module = TemporalTransformer(64, 4, layers=2, kernels="reference", attention="reference")
-        frames = torch.zeros(1, 5, 64)
-    sums = totals(header(64, 5, layers=2))
-    assert counted(module, frames) == sums.official == sums.ours
+        module = TemporalTransformer(512, 8, layers=2, kernels="reference", attention="reference")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(torch.zeros(1, 5, 512))
+    sums = totals(header_parts("ViT-B-16", 5, "text4vis.header_layers=2"))
+    assert counter.get_total_flops() // 2 == sums.official == sums.ours
     assert sum(p.numel() for p in module.parameters()) == sums.parameters
 
 
-def test_text_counts_are_torchs() -> None:
-    from open_clip.transformer import TextTransformer
-
-    shape = TextShape(
-        width=64, heads=4, layers=2, embed=32, mlp_width=256, context=12, vocabulary=50
-    )
-    with torch.device("meta"):
-        tower = TextTransformer(
-            context_length=12, vocab_size=50, width=64, heads=4, layers=2, output_dim=32
-        )
-        tokens = torch.zeros(3, 12, dtype=torch.long)
-    part = text(shape, 3)
-    assert counted(tower, tokens) == part.official
-    assert sum(p.numel() for p in tower.parameters()) == part.parameters
-
-
-def test_totals_add_what_they_say() -> None:
-    parts = [
-        Part(name="a", parameters=5, trained=2, official=10, ours=7, in_paper=True),
-        Part(name="b", parameters=3, official=4, ours=-1),
-        Part(name="c", parameters=9, official=100, ours=100, in_paper=True, once=True),
-    ]
-    sums = totals(parts)
-    assert (sums.parameters, sums.trained) == (8, 2)
-    assert (sums.official, sums.ours, sums.paper) == (14, 6, 10)
+def test_a_header_has_as_many_positions_as_the_text_tower() -> None:
+    model = architecture("ViT-B-16")
+    shorter = replace(model, text=replace(model.text, context=40))
+    parts = METHODS["text4vis"].cost(load_config(None), shorter, 400)
+    assert next(p for p in parts if p.name == "header positions").parameters == 40 * 512
 
 
 # The command ------------------------------------------------------------------------------------
@@ -258,4 +205,4 @@ def test_info_command_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str])
     assert main(["info", config, "--set", "data.resolution=336"]) == 2
     assert "ViT-B-16 takes 224 px, not 336" in capsys.readouterr().err
     assert main(["info", config, "--set", "method=nothing"]) == 2
-    assert "no counts for 'nothing'" in capsys.readouterr().err
+    assert "unknown method 'nothing'" in capsys.readouterr().err

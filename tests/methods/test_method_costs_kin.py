@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kineticlip.__main__ import main
-from kineticlip.commands.info import PARTS
 from kineticlip.config import Config, load_config
 from kineticlip.methods import METHODS
 from kineticlip.models.architectures import VisionShape, architecture
@@ -47,7 +46,7 @@ def counted(model: Any) -> int:
 
 def found(method: str) -> tuple[Any, list[Part]]:
     config = settings(method)
-    parts = PARTS[method](config, TINY, len(NAMES))
+    parts = METHODS[method].cost(config, TINY, len(NAMES))
     return METHODS[method].build(config, NAMES).eval(), parts
 
 

@@ -25,7 +25,7 @@ from kineticlip.formats import convert, read_checkpoint
 from kineticlip.methods import METHODS
 from kineticlip.methods.clips import distinct_clips
 from kineticlip.methods.prompts_text import Placeholders, TextPrompts
-from kineticlip.methods.vitaclip import VITACLIP, VitaCLIP, build
+from kineticlip.methods.vitaclip import METHOD, VitaCLIP, build
 from kineticlip.models.classifier import Classifier, save_classifier
 from kineticlip.models.text import tokenize
 from kineticlip.runtime.errors import UserError
@@ -188,7 +188,7 @@ def test_what_trains() -> None:
     }
     more = {name for name, p in made(train_cls_proj=True).named_parameters() if p.requires_grad}
     assert {name.split(".")[-2] for name in more - trained} == {"cls_proj"}
-    groups = VITACLIP.param_groups(model, override(Config(), ["optim.lr=4e-4"]))
+    groups = METHOD.param_groups(model, override(Config(), ["optim.lr=4e-4"]))
     assert [(group["lr"], len(group["params"])) for group in groups] == [(4e-4, len(trained))]
 
 
@@ -223,12 +223,12 @@ def test_scores_average_probabilities_and_repeat_no_clip() -> None:
     ]
     assert [len(distinct_clips(video)[0]) for video in videos] == [4, 1]
     with torch.inference_mode():
-        scores = VITACLIP.score(model, videos, 9)
+        scores = METHOD.score(model, videos, 9)
         for row, video in zip(scores, videos, strict=True):
             expected = model(video.clips()).softmax(dim=-1).mean(dim=0)
             torch.testing.assert_close(row, expected, atol=1e-6, rtol=1e-5)
         model.visual.to(torch.bfloat16)  # as evaluation in bf16 does
-        low = VITACLIP.score(model, videos, 9)
+        low = METHOD.score(model, videos, 9)
     torch.testing.assert_close(low, scores, atol=0.1, rtol=0)
 
 
@@ -320,7 +320,7 @@ def test_wrong_settings_are_one_line(tmp_path: Path) -> None:
         override(config(), ["vitaclip.position=up"])
     with pytest.raises(UserError, match=r"data\.resolution: ViT-tiny-16 takes 64 px, not 96"):
         build(override(config(), ["data.resolution=96"]), NAMES)
-    with pytest.raises(UserError, match=r"ResNet; it takes no prompts"):
+    with pytest.raises(UserError, match=r"ResNet; Vita-CLIP needs a ViT"):
         build(override(config(), ["model.arch=RN50", "data.resolution=224"]), NAMES)
     with pytest.raises(UserError, match=r"words but 4 tokens; position front"):
         build(config(context_words="abseiling now", position="front"), NAMES)
@@ -328,11 +328,11 @@ def test_wrong_settings_are_one_line(tmp_path: Path) -> None:
         build(config(weights=official(made(summary=False), tmp_path / "v.pth")), NAMES)
     batch = Batch(pixels=pixels(1), labels=torch.ones(1, 3), names=("a",))
     with pytest.raises(UserError, match="several labels"):
-        VITACLIP.loss(made(), batch)
+        METHOD.loss(made(), batch)
 
 
 def test_clip_weights_leave_the_prompts_untrained() -> None:
-    assert METHODS["vitaclip"] is VITACLIP and VITACLIP.pipeline == "evl"
+    assert METHODS["vitaclip"] is METHOD and METHOD.pipeline == "evl"
     assert made().untrained == ("visual", "prompts", "prompt_learner")
     one, same = build(config(), NAMES), build(config(), NAMES)
     for (name, first), (_, second) in zip(

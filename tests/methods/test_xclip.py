@@ -12,7 +12,7 @@ from torch import Tensor
 from kineticlip.config import Config, DataConfig, ModelConfig, XClipConfig, override
 from kineticlip.data.batch import Batch, VideoViews
 from kineticlip.methods import METHODS
-from kineticlip.methods.xclip import NEW, XCLIP, XCLIP_METHOD, build, xclip_model
+from kineticlip.methods.xclip import METHOD, NEW, XCLIP, build, xclip_model
 from kineticlip.models.architectures import Architecture, TextShape, VisionShape
 from kineticlip.models.weights import Weights
 from kineticlip.runtime.errors import UserError
@@ -75,7 +75,7 @@ def config(**changes: object) -> Config:
 
 def ours(path: str, **changes: object) -> XCLIP:
     weights = Weights(ARCHITECTURE, path, Path(path))
-    return xclip_model(config(**changes), weights, TOKENS, NAMES).eval()
+    return xclip_model(config(**changes), weights, TOKENS).eval()
 
 
 def clips(count: int = 3) -> Tensor:
@@ -116,7 +116,7 @@ def test_scores_are_means_over_distinct_clips(pair: tuple[torch.nn.Module, str])
         crop_index=torch.tensor([0, 1, 1]), decoder="", num_frames=5,
     )  # fmt: skip
     with torch.inference_mode():
-        found = XCLIP_METHOD.score(model, [video, video], 8)
+        found = METHOD.score(model, [video, video], 8)
         expected = model(video.clips()).softmax(dim=-1).mean(dim=0)
     torch.testing.assert_close(found, expected.expand(2, -1), atol=1e-6, rtol=1e-5)
 
@@ -137,7 +137,7 @@ def test_all_of_it_trains() -> None:
     value.backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == []
-    groups = XCLIP_METHOD.param_groups(model, override(Config(), ["optim.lr=8e-5"]))
+    groups = METHOD.param_groups(model, override(Config(), ["optim.lr=8e-5"]))
     rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
     assert rates == {
         "clip matrices": (pytest.approx(8e-6), 0.2), "clip vectors": (pytest.approx(8e-6), 0.0),

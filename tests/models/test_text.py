@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from kineticlip.config import Config, DataConfig, ModelConfig, Text4VisConfig
 from kineticlip.formats.convert import convert
+from kineticlip.methods import METHODS
 from kineticlip.methods.text4vis import build
 from kineticlip.models import text
 from kineticlip.models.architectures import architecture
@@ -200,12 +201,16 @@ def test_clip_files_are_rounded_as_clip_load_rounds_them(
     embedding = tiny_file.tensors[f"visual.{kept}"]
     assert torch.equal(build(config, ["a"]).visual.state_dict()[kept], embedding)
     assert not torch.equal(embedding, embedding.half().float())
-    rows, unrounded = (build_classifier(each, ["a", "b"]).matrix for each in (config, exact))
+    rows, unrounded = (
+        build_classifier(config, ["a", "b"], rounded=METHODS["text4vis"].rounds_clip(each)).matrix
+        for each in (config, exact)
+    )
     assert not torch.equal(rows, unrounded)  # the text tower too; nor does the cache mix them
     torch.testing.assert_close(rows, unrounded, rtol=0.02, atol=0.02)
 
     for method, rounds in (("contrastive", True), ("bike", True), ("evl", False)):
-        assert replace(config, method=method).rounds_clip == rounds
+        assert METHODS[method].rounds_clip(config) == rounds
+        assert not METHODS[method].rounds_clip(exact)
     fine_tuned = {n: t for n, t in tiny_file.tensors.items() if n.startswith(("visual", "logit"))}
     torch.save({"epoch": 1, "model_state_dict": fine_tuned}, tmp_path / "tuned.pt")
     tuned = resolve_weights("ViT-tiny-16", str(tmp_path / "tuned.pt"), rounded=True)

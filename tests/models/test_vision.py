@@ -21,8 +21,8 @@ from kineticlip.models.architectures import (
     known,
     recognise,
 )
-from kineticlip.models.temporal import POSITIONS, TEMPORAL_MODULES, TemporalTransformer
-from kineticlip.models.vision import VisionTransformer
+from kineticlip.models.temporal import TEMPORAL_MODULES, TemporalTransformer
+from kineticlip.models.vision import Dropouts, VisionTransformer
 from kineticlip.runtime.errors import UserError
 from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, tensors, under
 
@@ -164,7 +164,7 @@ def test_temporal_transformer() -> None:
 def test_temporal_transformer_starts_as_the_official_one() -> None:
     torch.manual_seed(0)
     header = TemporalTransformer(128, 2, layers=2)
-    assert header.frame_position_embeddings.weight.shape == (POSITIONS, 128)
+    assert header.frame_position_embeddings.weight.shape == (77, 128)
     for name, parameter in header.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -276,7 +276,7 @@ def test_checkpointing_changes_no_gradient() -> None:
 
 
 def test_stochastic_depth_drops_whole_rows() -> None:
-    tower = seeded(drop_out=0.5)
+    tower = seeded(dropouts=Dropouts(paths=0.5))
     assert [block.drop_out for block in tower.blocks] == [0.0, 0.25, 0.5]
     assert not any(block.attn.drop_out for block in tower.blocks)  # a rate of its own
     assert torch.equal(tower(images()), seeded()(images()))  # nothing is dropped in evaluation
@@ -290,7 +290,7 @@ def test_stochastic_depth_drops_whole_rows() -> None:
 
 
 def test_attention_dropout_reaches_the_sources() -> None:
-    tower = seeded(attention_drop_out=0.5).train()
+    tower = seeded(dropouts=Dropouts(attention=0.5)).train()
     assert [block.attn.drop_out for block in tower.blocks] == [0.0, 0.25, 0.5]
     assert not any(block.drop_out for block in tower.blocks)
     qkv = torch.randn(4, 17, 3, 2, 16, dtype=torch.float64)

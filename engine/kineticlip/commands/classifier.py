@@ -79,6 +79,7 @@ def _build(args: argparse.Namespace) -> Classifier:
     from dataclasses import replace
 
     from kineticlip.data.labels import read_labels
+    from kineticlip.methods import method_named
     from kineticlip.models.classifier import build_classifier
 
     config = configured(args)
@@ -90,7 +91,7 @@ def _build(args: argparse.Namespace) -> Classifier:
     if args.kind == "lda":
         return _lda(args, config, names)
     config = replace(config, classifier=replace(config.classifier, source=args.kind))
-    return build_classifier(config, names)
+    return build_classifier(config, names, rounded=method_named(config.method).rounds_clip(config))
 
 
 def _sentence(args: argparse.Namespace, config: Config, names: tuple[str, ...]) -> Classifier:

@@ -27,10 +27,11 @@ def run(args: argparse.Namespace) -> int:
     from kineticlip.data.labels import read_labels
     from kineticlip.data.lists import read_list
     from kineticlip.data.loader import TestLoader
-    from kineticlip.evaluation.feature_store import facts_of, write_features
+    from kineticlip.evaluation.feature_store import cut_of, facts_of, write_features
     from kineticlip.evaluation.ready import default_chunk, prepare
     from kineticlip.evaluation.recognizer import pick_device
     from kineticlip.methods import method_named
+    from kineticlip.methods.method import as_video_model
     from kineticlip.runtime.errors import UserError
 
     config = configured(args)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     entries = read_list(config.data.val_list, config.data.val_root).entries
     method, device = method_named(config.method), pick_device()
     model = method.build(config, class_names)
-    if "visual" in getattr(model, "untrained", ()) and config.model.weights != "random":
+    if "visual" in as_video_model(model).untrained and config.model.weights != "random":
         raise UserError(f"{config.model.weights}: no trained weights for the trunk")
     facts = facts_of(config, method, model)
     prepare(model, config.eval.precision, device)
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             partial(TestLoader, config=config, pipeline=method.pipeline),
             entries,
-            model=model,
+            encode=cut_of(config, method, model).encode,
             facts=facts,
             device=device,
             chunk=config.eval.batch_frames or default_chunk(device),

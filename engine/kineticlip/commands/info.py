@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kineticlip.config import Config, load_config
 from kineticlip.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from kineticlip.models.architectures import Architecture
-    from kineticlip.models.cost import Part
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,19 +35,18 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(config: Config, classes: int) -> dict[str, Any]:
     """Everything the command prints, as plain data; multiply-adds as whole numbers."""
+    from kineticlip.methods import method_named
     from kineticlip.models.architectures import architecture
     from kineticlip.models.cost import totals
 
-    if config.method not in PARTS:
-        known = ", ".join(PARTS)
-        raise UserError(f"method: no counts for '{config.method}'; known: {known}")
+    method = method_named(config.method)
     model = architecture(config.model.arch)
     if model.vision.resolution != config.data.resolution:
         raise UserError(
             f"data.resolution: {model.name} takes {model.vision.resolution} px, "
             f"not {config.data.resolution}"
         )
-    parts = PARTS[config.method](config, model, classes)
+    parts = method.cost(config, model, classes)
     views = config.test.clips * config.test.crops
     return {
         "name": config.name,
@@ -66,146 +59,6 @@ def describe(config: Config, classes: int) -> dict[str, Any]:
         "totals": totals(parts).__dict__,
         "text": [part.__dict__ for part in parts if part.once],
     }
-
-
-def _text4vis(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.methods.cost import text4vis
-    from kineticlip.models.cost import text
-
-    layers = config.text4vis.header_layers if config.text4vis.header == "transformer" else 0
-    tower = text(model.text, classes)
-    return [*text4vis(model, config.data.num_frames, header_layers=layers), tower]
-
-
-def _contrastive(config: Config, model: Architecture, classes: int) -> list[Part]:
-    """Text4Vis's parts; which towers train is the configuration's choice."""
-
-    def trains(part: Part) -> bool:
-        if part.once:
-            return config.contrastive.text == "online"
-        return config.contrastive.train_visual or not part.name.startswith("visual")
-
-    return [
-        replace(part, trained=part.parameters if trains(part) else 0)
-        for part in _text4vis(config, model, classes)
-    ]
-
-
-def _evl(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.methods.cost import evl
-    from kineticlip.methods.evl_decoder import decoder_shape
-    from kineticlip.models.architectures import VisionShape
-
-    if not isinstance(model.vision, VisionShape):
-        raise UserError(f"model.arch: EVL reads a vision transformer, {model.name} is none")
-    shape = decoder_shape(config.evl, model.vision, config.data.num_frames)
-    parts = evl(
-        model.vision,
-        shape.frames,
-        classes=classes,
-        layers=shape.layers,
-        qkv_dim=shape.qkv_dim,
-        heads=shape.heads,
-        mlp_factor=config.evl.mlp_factor,
-        temporal_conv=shape.conv,
-        temporal_positions=shape.position,
-        temporal_attention=shape.attention,
-    )
-    if not config.evl.finetune:
-        return parts
-    return [
-        replace(part, trained=part.parameters) if part.name.startswith("visual") else part
-        for part in parts
-    ]
-
-
-def _vitaclip(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.methods.cost import vitaclip
-    from kineticlip.models.architectures import VisionShape
-
-    if not isinstance(model.vision, VisionShape):
-        raise UserError(f"model.arch: {model.name} is a ResNet; it takes no prompts")
-    options = config.vitaclip
-    parts = vitaclip(
-        model,
-        config.data.num_frames,
-        classes=classes,
-        summary=options.summary,
-        local=options.local_prompts,
-        global_prompts=options.global_prompts,
-        context=len(options.context_words.split()) or options.context,
-        per_class=options.per_class and not options.context_words,
-        train_cls_proj=options.train_cls_proj,
-    )
-    return [part for part in parts if options.text == "prompts" or part.name != "text prompts"]
-
-
-def _vificlip(config: Config, model: Architecture, classes: int) -> list[Part]:
-    """CLIP's towers and nothing else; which of them train is the configuration's choice."""
-    from kineticlip.methods.cost import text4vis
-    from kineticlip.models.cost import text
-
-    def trains(part: Part) -> bool:
-        return config.vificlip.train_text if part.once else config.vificlip.train_visual
-
-    parts = [*text4vis(model, config.data.num_frames, header_layers=0), text(model.text, classes)]
-    return [replace(part, trained=part.parameters if trains(part) else 0) for part in parts]
-
-
-def _actionclip(config: Config, model: Architecture, classes: int) -> list[Part]:
-    """Text4Vis's parts; the text tower trains too, and reads every class in every template."""
-    from kineticlip.models.cost import text
-    from kineticlip.models.prompts import expand_templates
-
-    sentences = classes * len(expand_templates(config.actionclip.templates))
-    tower = text(model.text, sentences)
-    trained = tower.parameters if config.actionclip.train_text else 0
-    return [*_text4vis(config, model, classes)[:-1], replace(tower, trained=trained)]
-
-
-def _vit_of(model: Architecture, method: str) -> None:
-    from kineticlip.models.architectures import VisionShape
-
-    if not isinstance(model.vision, VisionShape):
-        raise UserError(f"model.arch: {model.name} is a ResNet; {method} needs a ViT")
-
-
-def _xclip(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.methods.cost import xclip
-
-    _vit_of(model, "X-CLIP")
-    return xclip(
-        model,
-        config.data.num_frames,
-        classes=classes,
-        integration_layers=config.xclip.integration_layers,
-        prompt_layers=config.xclip.prompt_layers,
-        train_text=config.xclip.train_text,
-    )
-
-
-def _openvclip(config: Config, model: Architecture, classes: int) -> list[Part]:
-    from kineticlip.methods.cost import openvclip
-    from kineticlip.models.prompts import expand_templates
-
-    _vit_of(model, "Open-VCLIP")
-    options = config.classifier
-    templates = expand_templates(options.templates or (options.template,))
-    return openvclip(model, config.data.num_frames, sentences=classes * len(templates))
-
-
-# method -> its parts for a configuration, an architecture and a number of classes
-PARTS: dict[str, Callable[[Config, Architecture, int], list[Part]]] = {
-    "text4vis": _text4vis,
-    "contrastive": _contrastive,
-    "bike": _text4vis,
-    "evl": _evl,
-    "vitaclip": _vitaclip,
-    "vificlip": _vificlip,
-    "actionclip": _actionclip,
-    "xclip": _xclip,
-    "openvclip": _openvclip,
-}
 
 
 def _as_text(report: dict[str, Any]) -> str:

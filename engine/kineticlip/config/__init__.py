@@ -9,7 +9,6 @@ from kineticlip.config.load import (
     recipes,
 )
 from kineticlip.config.schema import (
-    CLIP_LOAD,
     EIGHT_BITS,
     ActionClipConfig,
     BikeConfig,
@@ -34,7 +33,6 @@ from kineticlip.config.schema import (
 )
 
 __all__ = [
-    "CLIP_LOAD",
     "EIGHT_BITS",
     "ActionClipConfig",
     "BikeConfig",

@@ -24,7 +24,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 EvalPrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 EIGHT_BITS = ("int8", "fp8")
 Compile = Literal["auto", "always", "never"]  # YAML reads on and off as booleans
-CLIP_LOAD = ("text4vis", "contrastive", "bike", "actionclip")  # official codes with one clip.load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,8 +269,3 @@ class Config:
     @property
     def output_dir(self) -> Path:
         return Path(self.output or f"runs/{self.name}")
-
-    @property
-    def rounds_clip(self) -> bool:
-        """Whether this method's CLIP weights go through fp16: see model.rounding."""
-        return self.model.rounding == "official" and self.method in CLIP_LOAD

@@ -18,8 +18,8 @@ from kineticlip.data.entries import Entry
 from kineticlip.data.loader import TestLoader
 from kineticlip.evaluation.loop import Scored, score_stream
 from kineticlip.evaluation.ready import default_chunk, prepare
-from kineticlip.methods.text4vis import TEXT4VIS, embed_videos, video_model
-from kineticlip.models.weights import resolve_weights
+from kineticlip.methods import METHODS, method_named
+from kineticlip.methods.text4vis import embed_videos, video_model
 from kineticlip.runtime.errors import UserError
 
 
@@ -41,12 +41,12 @@ def video_embeddings(
     With text4vis.header `mean` that is CLIP's own, averaged over the frames. Raises UserError
     where no video can be read.
     """
-    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
+    text4vis, weights = METHODS["text4vis"], method_named(config.method).weights(config)
     model = prepare(video_model(config, weights), config.eval.precision, device)
     stream = score_stream(
         model,
-        replace(TEXT4VIS, score=embed_videos),
-        TestLoader(entries, config, pipeline=TEXT4VIS.pipeline),
+        replace(text4vis, score=embed_videos),
+        TestLoader(entries, config, pipeline=text4vis.pipeline),
         device=device,
         chunk=config.eval.batch_frames or default_chunk(device),
     )

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,9 +25,8 @@ from kineticlip.data.batch import BadVideo, Batch, VideoViews
 from kineticlip.data.entries import Entry
 from kineticlip.data.loader import TrainLoader, pipeline_of
 from kineticlip.formats.files import write_safetensors
-from kineticlip.methods.evl import EVL
-from kineticlip.methods.method import Method
-from kineticlip.methods.text4vis import VideoCLIP
+from kineticlip.methods import METHODS
+from kineticlip.methods.method import Cut, Method
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.journal import Journal, first_difference, read_journal
 
@@ -38,32 +37,15 @@ FORMAT = 1
 Facts = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Where a trunk is cut. name: what comes out; encode: images [M, 3, S, S] -> rows [M, ...]."""
-
-    name: str
-    encode: Callable[[Tensor], Tensor]
-
-
-def cut_of(model: nn.Module) -> Cut:
-    """The place with the fewest numbers behind which nothing frozen is lost.
-
-    EVL: tokens [N, D] before the first block that its decoder reads, a twelfth of what the
-    decoder reads, for a third (ViT-B) or a sixth (ViT-L) of the trunk computed again. Others:
-    frame embeddings [E]. UserError for a trunk that is trained or sees whole clips.
-    """
-    if isinstance(model, EVL):
-        if model.finetune:
-            raise UserError("evl.finetune: features are of a frozen trunk; turn it off")
-        shape = model.decoder.shape
-        return Cut(f"tokens before block {shape.trunk.layers - shape.layers}", model.first_tokens)
-    if isinstance(model, VideoCLIP) and not model.per_clip:
-        return Cut("frame embeddings", cast("Callable[[Tensor], Tensor]", model.visual))
-    raise UserError(
-        "features: only of the trunks of evl, and of text4vis where it sees single frames "
-        "(this one mixes them, or its text side needs the videos)"
-    )
+def cut_of(config: Config, method: Method, model: nn.Module) -> Cut:
+    """Where this method's trunk is cut. UserError where it cannot be."""
+    if method.feature_cut is None:
+        others = ", ".join(name for name, other in METHODS.items() if other.feature_cut)
+        raise UserError(
+            f"method {config.method}: no features (it trains its trunk or shows it whole clips, or "
+            f"its text side needs the videos); methods that have them: {others}"
+        )
+    return method.feature_cut(model)
 
 
 def facts_of(config: Config, method: Method, model: nn.Module) -> Facts:
@@ -71,7 +53,7 @@ def facts_of(config: Config, method: Method, model: nn.Module) -> Facts:
     data = config.data
     return {
         "format": FORMAT,
-        "rows": cut_of(model).name,
+        "rows": cut_of(config, method, model).name,
         "arch": config.model.arch,
         "trunk": _digest(model),
         "pipeline": pipeline_of(data, method.pipeline),
@@ -100,7 +82,7 @@ def write_features(
     stream: Callable[[Sequence[Entry]], Iterable[VideoViews | BadVideo]],
     entries: Sequence[Entry],
     *,
-    model: nn.Module,
+    encode: Callable[[Tensor], Tensor],
     facts: Mapping[str, Any],
     device: torch.device,
     chunk: int,
@@ -109,11 +91,12 @@ def write_features(
 ) -> tuple[int, int]:
     """Encodes the entries that the folder lacks -> (videos written, unreadable ones).
 
-    stream(entries) gives their views, in order; every distinct image is encoded once. Rows keep
-    the trunk's dtype. A kill loses the shard that was being filled, and no more. UserError where
-    the folder was made with other settings or is being written.
+    stream(entries) gives their views, in order; encode is that of a Cut, and every distinct image
+    goes through it once. Rows keep the trunk's dtype. A kill loses the shard that was being
+    filled, and no more. UserError where the folder was made with other settings or is being
+    written.
     """
-    folder, encode = Path(folder), cut_of(model).encode
+    folder = Path(folder)
     journal = Journal(folder / INDEX, facts)
     with closing(journal):
         known = {name for row in journal.rows for name in (*row["videos"], *row["bad"])}

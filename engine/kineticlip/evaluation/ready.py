@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kineticlip.config import Config, EvalPrecision
+from kineticlip.methods.method import as_video_model
 from kineticlip.models.fp8 import quantize_tower
 from kineticlip.models.packed import ByteLinear, PackedLinear, compile_bytes, pack_tower
 from kineticlip.models.steady import compiled, graphed
@@ -36,7 +37,7 @@ def make_steady(
     tower = model.get_submodule("visual")
     notes = [f"{config.eval.precision} on {device.type}"]
     # Methods that reach into the tower, or show it whole clips, would not use the result.
-    plain = getattr(model, "per_clip", True) is False and isinstance(tower, VisionTransformer)
+    plain = as_video_model(model).plain_tower and isinstance(tower, VisionTransformer)
     fixed = config.eval.batch_frames or config.eval.deterministic
     if plain and not fixed and images >= PROBE_SHARE * 4 * LARGEST[device.type]:
         probe = probe_chunk(

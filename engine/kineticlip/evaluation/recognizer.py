@@ -20,7 +20,7 @@ from kineticlip.evaluation.results import UNTRAINED
 from kineticlip.formats import read_checkpoint
 from kineticlip.formats.trained import load_weights
 from kineticlip.methods import method_named
-from kineticlip.methods.method import Method
+from kineticlip.methods.method import Method, as_video_model
 from kineticlip.models.architectures import architecture, recognise
 from kineticlip.models.weights import resolve_weights
 from kineticlip.runtime.errors import UserError
@@ -47,8 +47,8 @@ class Recognizer:
     @property
     def classifier(self) -> Tensor | None:
         """The frozen matrix [C, E] that scores are taken with, for methods that have one."""
-        rows = getattr(self.model, "classifier", None)
-        return rows.detach().float().cpu() if isinstance(rows, Tensor) else None
+        rows = as_video_model(self.model).classifier
+        return rows.detach().float().cpu() if rows is not None else None
 
     @property
     def chunk(self) -> int:
@@ -159,7 +159,7 @@ def load_recognizer(
     """
     method = method_named(config.method)
     model = method.build(config, class_names)
-    missing = tuple(getattr(model, "untrained", ()))
+    missing = as_video_model(model).untrained
     if missing and config.model.weights != "random":
         raise UserError(
             f"{config.model.weights}: no trained weights for {', '.join(missing)}; give --weights "

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from kineticlip.methods.actionclip import ACTIONCLIP
-from kineticlip.methods.bike import BIKE
-from kineticlip.methods.contrastive import CONTRASTIVE
-from kineticlip.methods.evl import EVL_METHOD
+from kineticlip.methods import (
+    actionclip,
+    bike,
+    contrastive,
+    evl,
+    openvclip,
+    text4vis,
+    vificlip,
+    vitaclip,
+    xclip,
+)
 from kineticlip.methods.method import Method
-from kineticlip.methods.openvclip import OPENVCLIP
-from kineticlip.methods.text4vis import TEXT4VIS
-from kineticlip.methods.vificlip import VIFICLIP
-from kineticlip.methods.vitaclip import VITACLIP
-from kineticlip.methods.xclip import XCLIP_METHOD
 from kineticlip.runtime.errors import UserError, did_you_mean
 
 METHODS: dict[str, Method] = {
-    "text4vis": TEXT4VIS,
-    "contrastive": CONTRASTIVE,
-    "bike": BIKE,
-    "evl": EVL_METHOD,
-    "vitaclip": VITACLIP,
-    "xclip": XCLIP_METHOD,
-    "vificlip": VIFICLIP,
-    "actionclip": ACTIONCLIP,
-    "openvclip": OPENVCLIP,
+    "text4vis": text4vis.METHOD,
+    "contrastive": contrastive.METHOD,
+    "bike": bike.METHOD,
+    "evl": evl.METHOD,
+    "vitaclip": vitaclip.METHOD,
+    "xclip": xclip.METHOD,
+    "vificlip": vificlip.METHOD,
+    "actionclip": actionclip.METHOD,
+    "openvclip": openvclip.METHOD,
 }
 
 

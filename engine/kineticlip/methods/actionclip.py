@@ -19,6 +19,7 @@ from kineticlip.methods.head import kernels_of, own_loss, unit_logits, unit_mean
 from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, video_model
+from kineticlip.methods.text4vis import cost as text4vis_cost
 from kineticlip.methods.text_side import adopt_text_tower, own_text_tower
 from kineticlip.methods.trunk import (
     FrozenTensors,
@@ -27,9 +28,10 @@ from kineticlip.methods.trunk import (
     encode_frames,
     two_rates,
 )
+from kineticlip.models.architectures import Architecture
+from kineticlip.models.cost import Part, text, with_training
 from kineticlip.models.prompts import expand_templates, render
 from kineticlip.models.text import BATCH, encode_text, tokenize
-from kineticlip.models.weights import resolve_weights
 from kineticlip.runtime.errors import UserError
 from kineticlip_kernels.head import mean_softmax
 
@@ -42,14 +44,13 @@ class ActionCLIP(nn.Module):
 
     text_projection: Tensor
 
-    def __init__(
-        self, video: VideoCLIP, tower: Any, tokens: Tensor, class_names: Sequence[str]
-    ) -> None:
+    classifier: Tensor | None = None  # several sentences a class: no row stands for it
+
+    def __init__(self, video: VideoCLIP, tower: Any, tokens: Tensor) -> None:
         super().__init__()
         self.visual, self.fusion_model = video.visual, video.fusion_model
         self.logit_scale = video.logit_scale
-        self.per_clip, self.untrained = video.per_clip, video.untrained
-        self.class_names = tuple(class_names)
+        self.plain_tower, self.untrained = video.plain_tower, video.untrained
         self.frozen = FrozenTensors(attn_mask=adopt_text_tower(self, tower), tokens=tokens)
         self._kept: Tensor | None = None
 
@@ -105,7 +106,7 @@ class ActionCLIP(nn.Module):
 
 def build(config: Config, class_names: Sequence[str]) -> ActionCLIP:
     """The model of a configuration; its header is `text4vis.header`."""
-    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
+    weights = METHOD.weights(config)
     tensors = weights.tensors if weights.path is not None else {}
     video = video_model(config, weights)
     tower = own_text_tower(config, weights, tensors)
@@ -115,14 +116,14 @@ def build(config: Config, class_names: Sequence[str]) -> ActionCLIP:
     if not templates:
         raise UserError("actionclip.templates: there is none")
     tokens = [tokenize(render(template, class_names), context) for template in templates]
-    return ActionCLIP(video, tower, torch.stack(tokens), class_names)
+    return ActionCLIP(video, tower, torch.stack(tokens))
 
 
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """Probabilities [len(videos), C] from the mean of a video's raw view embeddings."""
     assert isinstance(model, ActionCLIP)
-    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
-    return model.probabilities(unit_videos(views, kernels=kernels_of(model)))
+    units = unit_videos(embed_views(model, videos, chunk), kernels=kernels_of(model))
+    return model.probabilities(units)
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
@@ -130,6 +131,19 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     return two_rates(model, config, lambda name: name.startswith("fusion_model."))
 
 
-ACTIONCLIP = Method(
-    build=build, loss=partial(own_loss, method="actionclip"), score=score, param_groups=param_groups
+def cost(config: Config, model: Architecture, classes: int) -> list[Part]:
+    """Text4Vis's parts; the text tower trains too, and reads every class in every template."""
+    options = config.actionclip
+    sentences = classes * len(expand_templates(options.templates))
+    tower = with_training([text(model.text, sentences)], lambda part: options.train_text)
+    return [*text4vis_cost(config, model, classes)[:-1], *tower]
+
+
+METHOD = Method(
+    build=build,
+    loss=partial(own_loss, method="actionclip"),
+    score=score,
+    param_groups=param_groups,
+    cost=cost,
+    clip_load=True,
 )

@@ -20,10 +20,9 @@ from kineticlip.methods.contrastive import class_tokens, online_tower
 from kineticlip.methods.head import average_views, kernels_of, own_loss, unit_means
 from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
-from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, param_groups, video_model
+from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, cost, param_groups, video_model
 from kineticlip.methods.trunk import FrozenTensors, apply_header, encode_frames, encode_views
 from kineticlip.models.text import BATCH, encode_tokens
-from kineticlip.models.weights import resolve_weights
 from kineticlip_kernels.head import mean_softmax
 
 Interaction = Literal["dp", "vcs"]
@@ -39,6 +38,8 @@ class BikeCLIP(nn.Module):
     tokens, padding included, as in the official code; only `vcs` needs them. Both are frozen.
     """
 
+    classifier: Tensor | None = None  # words of each class, too: no row stands for it
+
     def __init__(
         self,
         video: VideoCLIP,
@@ -51,7 +52,7 @@ class BikeCLIP(nn.Module):
         super().__init__()
         self.visual, self.fusion_model = video.visual, video.fusion_model
         self.logit_scale = video.logit_scale
-        self.per_clip, self.untrained = video.per_clip, video.untrained
+        self.plain_tower, self.untrained = video.plain_tower, video.untrained
         self.interaction: Interaction = interaction
         self.scores: Scores = scores
         frozen = {"sentences": F.normalize(sentences.float(), dim=-1)}
@@ -112,7 +113,7 @@ def concept_spotting(frames: Tensor, words: Tensor, sentences: Tensor) -> Tensor
 
 def build(config: Config, class_names: Sequence[str]) -> BikeCLIP:
     """The video side is Text4Vis's; the frozen text tower encodes every class here, once."""
-    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
+    weights = METHOD.weights(config)
     video = video_model(config, weights)
     tower = online_tower(config, weights)
     tokens = class_tokens(config, class_names, weights)
@@ -147,7 +148,8 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     bike.scores: frames: see `frame_scores`.
     """
     assert isinstance(model, BikeCLIP)
-    frames = encode_views(model.visual, videos, chunk, per_clip=model.per_clip)  # [V, T, E] each
+    per_clip = not model.plain_tower
+    frames = encode_views(model.visual, videos, chunk, per_clip=per_clip)  # [V, T, E] each
     if model.scores == "frames":
         return torch.stack([model.frame_scores(rows) for rows in frames])
     means = average_views(
@@ -158,10 +160,12 @@ def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     return means.softmax(dim=-1)
 
 
-BIKE = Method(
+METHOD = Method(
     build=build,
     loss=partial(own_loss, method="bike"),
     score=score,
     param_groups=param_groups,
+    cost=cost,
     pipeline="bike",
+    clip_load=True,
 )

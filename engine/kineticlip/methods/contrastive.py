@@ -26,6 +26,7 @@ from kineticlip.methods.head import (
 from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, video_model
+from kineticlip.methods.text4vis import cost as text4vis_cost
 from kineticlip.methods.trunk import (
     FrozenTensors,
     apply_header,
@@ -33,10 +34,12 @@ from kineticlip.methods.trunk import (
     encode_frames,
     two_rates,
 )
+from kineticlip.models.architectures import Architecture
 from kineticlip.models.classifier import build_classifier, text_weights
+from kineticlip.models.cost import Part, with_training
 from kineticlip.models.prompts import expand_templates, render
 from kineticlip.models.text import BATCH, encode_text, text_tower, tokenize
-from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.models.weights import Weights
 from kineticlip.runtime.errors import UserError
 
 
@@ -59,7 +62,8 @@ class ContrastiveCLIP(nn.Module):
         super().__init__()
         self.visual, self.fusion_model = video.visual, video.fusion_model
         self.logit_scale = video.logit_scale
-        self.options, self.per_clip, self.untrained = options, video.per_clip, video.untrained
+        self.plain_tower, self.untrained = video.plain_tower, video.untrained
+        self.options = options
         frozen = {}
         if tower is None:
             assert rows is not None
@@ -137,9 +141,15 @@ class ContrastiveCLIP(nn.Module):
 
 
 def build(config: Config, class_names: Sequence[str]) -> ContrastiveCLIP:
+    """The model of a configuration; weights of CLIP or of a whole fine-tuned checkpoint."""
+    return contrastive_model(config, METHOD.weights(config), class_names)
+
+
+def contrastive_model(
+    config: Config, weights: Weights, class_names: Sequence[str]
+) -> ContrastiveCLIP:
     """The video side is Text4Vis's; `contrastive.text` says what stands for the classes."""
     options = config.contrastive
-    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
     video = video_model(config, weights)
     video.visual.requires_grad_(options.train_visual)
     if options.text == "frozen":
@@ -174,8 +184,7 @@ def online_tower(config: Config, weights: Weights) -> Any:
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """As Text4Vis: probabilities [len(videos), C] from the mean of the raw view embeddings."""
     assert isinstance(model, ContrastiveCLIP)
-    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
-    units = unit_videos(views, kernels=kernels_of(model))
+    units = unit_videos(embed_views(model, videos, chunk), kernels=kernels_of(model))
     return unit_logits(units, model.class_rows(), TEST_SCALE).softmax(dim=-1)
 
 
@@ -184,9 +193,23 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     return two_rates(model, config, lambda name: name.startswith("fusion_model."))
 
 
-CONTRASTIVE = Method(
+def cost(config: Config, model: Architecture, classes: int) -> list[Part]:
+    """Text4Vis's parts; which towers train is the configuration's choice."""
+    options = config.contrastive
+
+    def trains(part: Part) -> bool:
+        if part.once:
+            return options.text == "online"
+        return options.train_visual or not part.name.startswith("visual")
+
+    return with_training(text4vis_cost(config, model, classes), trains)
+
+
+METHOD = Method(
     build=build,
     loss=partial(own_loss, method="contrastive"),
     score=score,
     param_groups=param_groups,
+    cost=cost,
+    clip_load=True,
 )

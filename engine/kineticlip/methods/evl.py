@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from kineticlip.config import Config
 from kineticlip.data.batch import VideoViews
 from kineticlip.formats import load_into, read_checkpoint
+from kineticlip.methods.evl_cost import cost
 from kineticlip.methods.evl_decoder import Decoder, DecoderShape, decoder_shape
 from kineticlip.methods.head import average_views, cross_entropy, kernels_of
-from kineticlip.methods.method import Method
-from kineticlip.methods.trunk import build_visual, seeded
-from kineticlip.models.architectures import ResNetShape
+from kineticlip.methods.method import Cut, Method
+from kineticlip.methods.trunk import build_visual, seeded, vit_of
 from kineticlip.models.transformer import LayerNorm, Tap
 from kineticlip.models.vision import VisionTransformer
 from kineticlip.models.weights import Weights, resolve_weights
@@ -40,6 +41,9 @@ class EVL(nn.Module):
     A frozen trunk runs without gradients: training keeps nothing of it but what the decoder's
     own weights need, the normalised tokens of K blocks.
     """
+
+    plain_tower = False  # the decoder taps its blocks
+    classifier: Tensor | None = None  # a linear layer on what the query has read
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ def build(config: Config, class_names: Sequence[str]) -> EVL:
     model.weights may be CLIP's, an official EVL file (a decoder alone: the trunk comes from
     evl.backbone), or a whole model. Raises UserError where they do not fit the configuration.
     """
-    weights = resolve_weights(config.model.arch, config.model.weights)
+    weights = METHOD.weights(config)
     own: dict[str, Tensor] = {}
     if weights.path is not None:
         own = {n: t for n, t in weights.contents.items() if n.startswith(OWN)}
@@ -126,9 +130,8 @@ def build(config: Config, class_names: Sequence[str]) -> EVL:
 
 
 def _assemble(config: Config, trunk: Weights, *, classes: int) -> EVL:
-    if isinstance(trunk.model.vision, ResNetShape):
-        raise UserError(f"model.arch: EVL reads a vision transformer, {trunk.model.name} is none")
-    shape = decoder_shape(config.evl, trunk.model.vision, config.data.num_frames)
+    vision = vit_of(trunk.model, "EVL")
+    shape = decoder_shape(config.evl, vision, config.data.num_frames)
     whole = trunk.path is None or "visual.proj" in trunk.tensors
     visual = build_visual(config, trunk, optional=() if whole else UNUSED)
     with seeded(config.seed):
@@ -273,11 +276,32 @@ def cast_trunk(model: nn.Module, config: Config) -> dict[str, Tensor]:
     return originals
 
 
-EVL_METHOD = Method(
+def feature_cut(model: nn.Module) -> Cut:
+    """Tokens [N, D] before the first block that the decoder reads.
+
+    A twelfth of what the decoder reads, for a third (ViT-B) or a sixth (ViT-L) of the trunk
+    computed again.
+    """
+    assert isinstance(model, EVL)
+    if model.finetune:
+        raise UserError("evl.finetune: features are of a frozen trunk; turn it off")
+    shape = model.decoder.shape
+    return Cut(f"tokens before block {shape.trunk.layers - shape.layers}", model.first_tokens)
+
+
+def with_trunk(config: Config, weights: str) -> Config:
+    """The configuration with these weights as evl.backbone."""
+    return replace(config, evl=replace(config.evl, backbone=weights))
+
+
+METHOD = Method(
     build=build,
     loss=cross_entropy,
     score=score,
     param_groups=param_groups,
-    prepare=cast_trunk,
+    cost=cost,
+    before_training=cast_trunk,
+    feature_cut=feature_cut,
+    with_trunk=with_trunk,
     pipeline="evl",
 )

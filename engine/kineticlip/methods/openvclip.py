@@ -23,9 +23,11 @@ from kineticlip.methods.clips import embed_distinct
 from kineticlip.methods.head import cross_entropy
 from kineticlip.methods.method import Method, Metrics
 from kineticlip.methods.text4vis import LOGIT_SCALE
-from kineticlip.methods.trunk import FrozenTensors, build_visual
-from kineticlip.models.architectures import ResNetShape
+from kineticlip.methods.trunk import FrozenTensors, build_visual, vit_of
+from kineticlip.models.architectures import Architecture
 from kineticlip.models.classifier import build_classifier
+from kineticlip.models.cost import Part, text, vit
+from kineticlip.models.prompts import expand_templates
 from kineticlip.models.weights import Weights, resolve_weights
 from kineticlip.runtime.errors import UserError
 
@@ -35,11 +37,12 @@ log = logging.getLogger(__name__)
 class OpenVCLIP(nn.Module):
     """The tower `visual`, the mean over time, frozen unit rows of the classes [C, E]."""
 
-    def __init__(self, visual: nn.Module, rows: Tensor, class_names: Sequence[str]) -> None:
+    plain_tower = False  # its attention gets neighbouring frames as sources
+
+    def __init__(self, visual: nn.Module, rows: Tensor) -> None:
         super().__init__()
         self.visual = visual
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
-        self.class_names = tuple(class_names)
         self.untrained: tuple[str, ...] = ()
         self.frozen = FrozenTensors(classifier=F.normalize(rows.float(), dim=-1))
         self.pull: Pull | None = None
@@ -166,14 +169,12 @@ def interpolate_weights(
 
 def build(config: Config, class_names: Sequence[str]) -> OpenVCLIP:
     """The model of a configuration; weights of CLIP or of a fine-tuned tower."""
-    weights = resolve_weights(config.model.arch, config.model.weights)
-    return open_model(config, weights, class_names)
+    return open_model(config, METHOD.weights(config), class_names)
 
 
 def open_model(config: Config, weights: Weights, class_names: Sequence[str]) -> OpenVCLIP:
     """The model with these weights, `openvclip.clip_share` of CLIP's own mixed in."""
-    if isinstance(weights.model.vision, ResNetShape):
-        raise UserError(f"model.arch: {weights.model.name} is a ResNet; Open-VCLIP needs a ViT")
+    vit_of(weights.model, "Open-VCLIP")
     visual = build_visual(config, weights)
     share = config.openvclip.clip_share
     if share:
@@ -181,7 +182,7 @@ def open_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
         visual.load_state_dict(interpolate_weights(visual.state_dict(), towers, share))
         log.info("openvclip: %g of CLIP's own weights", share)
     rows = build_classifier(config, class_names, weights=weights).matrix
-    model = OpenVCLIP(visual, rows, class_names)
+    model = OpenVCLIP(visual, rows)
     if weights.path is None:
         model.untrained = ("visual",)
     elif "logit_scale" in weights.tensors:
@@ -199,7 +200,7 @@ def _own_clip(config: Config) -> dict[str, Tensor]:
     return {n: t for n, t in clip.clip.items() if n.startswith("visual.") or n == "logit_scale"}
 
 
-def prepare(model: nn.Module, config: Config) -> dict[str, Tensor]:
+def before_training(model: nn.Module, config: Config) -> dict[str, Tensor]:
     """Gives the model what openvclip.pull draws it to in training."""
     assert isinstance(model, OpenVCLIP)
     if config.openvclip.pull:
@@ -246,4 +247,30 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-OPENVCLIP = Method(build=build, loss=loss, score=score, param_groups=param_groups, prepare=prepare)
+def cost(config: Config, model: Architecture, classes: int) -> list[Part]:
+    """CLIP's tower with the keys and values of three frames; the text is frozen.
+
+    Ours computes output and MLP of the last block for the class token alone.
+    """
+    shape, frames, options = vit_of(model, "Open-VCLIP"), config.data.num_frames, config.classifier
+    n, width, hidden = shape.tokens, shape.width, shape.mlp_width
+    more = frames * shape.layers * 4 * n**2 * width
+    saved = frames * (n - 1) * (width**2 + 2 * width * hidden)
+    templates = expand_templates(options.templates or (options.template,))
+    return [
+        *vit(shape, frames, paper_is_mlp=False, last_block_whole=True),
+        Part(name="attention to neighbouring frames", official=more, ours=more, in_paper=True),
+        Part(name="visual last block: class token only", ours=-saved),
+        Part(name="logit scale", parameters=1, trained=1, in_paper=True),
+        text(model.text, classes * len(templates)),
+    ]
+
+
+METHOD = Method(
+    build=build,
+    loss=loss,
+    score=score,
+    param_groups=param_groups,
+    cost=cost,
+    before_training=before_training,
+)

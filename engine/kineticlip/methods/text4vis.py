@@ -27,7 +27,7 @@ from kineticlip.methods.head import (
     unit_means,
     unit_videos,
 )
-from kineticlip.methods.method import Method, Metrics
+from kineticlip.methods.method import Cut, Method, Metrics
 from kineticlip.methods.trunk import (
     FrozenTensors,
     apply_header,
@@ -37,16 +37,19 @@ from kineticlip.methods.trunk import (
     seeded,
     two_rates,
 )
-from kineticlip.models.architectures import ResNetShape
+from kineticlip.models.architectures import Architecture, ResNetShape
 from kineticlip.models.classifier import Classifier, build_classifier
+from kineticlip.models.cost import Part, block_parts, resnet, text, vit
 from kineticlip.models.temporal import TEMPORAL_MODULES, TemporalTransformer
-from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.models.vision import Dropouts
+from kineticlip.models.weights import Weights
 from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
 TEST_SCALE = 100.0  # the official tests use this constant in place of exp(logit_scale)
 LOGIT_SCALE = 2.6593  # ln(1 / 0.07), where no weights bring their own
+POSITIONS = "fusion_model.frame_position_embeddings.weight"
 
 
 class VideoCLIP(nn.Module):
@@ -64,8 +67,7 @@ class VideoCLIP(nn.Module):
         self.visual = visual
         self.fusion_model = header
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
-        self.embed, self.per_clip = embed, per_clip
-        self.class_names: tuple[str, ...] = ()
+        self.embed, self.plain_tower = embed, not per_clip
         self.untrained: tuple[str, ...] = ()  # parts that no weights were found for
         self.frozen = FrozenTensors(classifier=torch.empty(0, embed))
 
@@ -82,7 +84,6 @@ class VideoCLIP(nn.Module):
             )
         rows = F.normalize(classifier.matrix.float(), dim=-1)
         self.frozen.classifier = rows.to(self.logit_scale.device)  # [C, E]
-        self.class_names = classifier.names
 
     def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Any:
         """pixels [B, T, 3, S, S], uint8 or normalised -> float32 logits [B, C].
@@ -107,7 +108,7 @@ class VideoCLIP(nn.Module):
 
 def build(config: Config, class_names: Sequence[str]) -> VideoCLIP:
     """The model of a configuration; weights of CLIP or of a whole fine-tuned checkpoint."""
-    weights = resolve_weights(config.model.arch, config.model.weights, rounded=config.rounds_clip)
+    weights = METHOD.weights(config)
     model = video_model(config, weights)
     model.set_classifier(build_classifier(config, class_names, weights=weights))
     return model
@@ -131,9 +132,11 @@ def video_model(config: Config, weights: Weights) -> VideoCLIP:
         control_point=shifts,
         joint_frames=frames if options.joint else 0,
         shift_frames=frames if module == "tsm" else 0,
-        drop_out=options.drop_out,
-        attention_drop_out=options.attention_drop_out,
-        embedding_drop_out=options.embedding_drop_out,
+        dropouts=Dropouts(
+            paths=options.drop_out,
+            attention=options.attention_drop_out,
+            tokens=options.embedding_drop_out,
+        ),
     )
     model = VideoCLIP(
         visual,
@@ -152,13 +155,23 @@ def video_model(config: Config, weights: Weights) -> VideoCLIP:
 
 
 def _header(config: Config, weights: Weights) -> nn.Module | None:
+    """The header of the configuration; a fine-tuned file says how many positions it has."""
     if config.text4vis.header == "mean":
         return None
+    positions, frames = weights.model.text.context, config.data.num_frames
+    if weights.path is not None and POSITIONS in weights.tensors:
+        positions = len(weights.tensors[POSITIONS])
+    if frames > positions and not config.text4vis.joint:  # joint attention passes it by
+        raise UserError(
+            f"data.num_frames: {frames} frames, and the temporal transformer of "
+            f"{weights.model.name} has {positions} positions; text4vis.header=mean has no limit"
+        )
     with seeded(config.seed):
         return TemporalTransformer(
             weights.model.embed,
             weights.model.header_heads,
             layers=config.text4vis.header_layers,
+            positions=positions,
             kernels=config.model.kernels,
             attention=config.model.attention,
         )
@@ -194,16 +207,14 @@ def loss(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Metrics]:
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """Probabilities [len(videos), C]: raw view embeddings averaged, then 100 times the cosines."""
     assert isinstance(model, VideoCLIP)
-    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
-    units = unit_videos(views, kernels=kernels_of(model))
+    units = unit_videos(embed_views(model, videos, chunk), kernels=kernels_of(model))
     return unit_logits(units, model.classifier, TEST_SCALE).softmax(dim=-1)
 
 
 def embed_videos(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """The mean of each video's raw view embeddings, float32 [len(videos), E]."""
     assert isinstance(model, VideoCLIP)
-    views = embed_views(model.visual, model.fusion_model, videos, chunk, per_clip=model.per_clip)
-    return torch.stack([rows.mean(dim=0) for rows in views])
+    return torch.stack([rows.mean(dim=0) for rows in embed_views(model, videos, chunk)])
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
@@ -219,4 +230,53 @@ def _is_new(name: str) -> bool:
     return not of_clip and name != "logit_scale"
 
 
-TEXT4VIS = Method(build=build, loss=loss, score=score, param_groups=param_groups)
+def cost(config: Config, model: Architecture, classes: int) -> list[Part]:
+    """Tower, temporal header, logit scale; the text tower, once.
+
+    The classifier, C * E multiply-adds for a video, is not counted, nor is it in the paper.
+    """
+    layers = config.text4vis.header_layers if config.text4vis.header == "transformer" else 0
+    parts = video_cost(model, config.data.num_frames, header_layers=layers)
+    return [*parts, text(model.text, classes)]
+
+
+def video_cost(model: Architecture, frames: int, *, header_layers: int = 0) -> list[Part]:
+    """What runs for every clip: T frames through the tower and the header (0 layers: mean)."""
+    shape, embed = model.vision, model.embed
+    parts = resnet(shape, frames) if isinstance(shape, ResNetShape) else vit(shape, frames)
+    if header_layers:
+        positions = model.text.context * embed
+        parts += block_parts(
+            "header",
+            embed,
+            4 * embed,
+            header_layers,
+            tokens=frames,
+            rows=1,
+            trained=True,
+            paper_is_mlp=True,
+        )
+        parts += [Part(name="header positions", parameters=positions, trained=positions)]
+    return [*parts, Part(name="logit scale", parameters=1, trained=1)]
+
+
+def feature_cut(model: nn.Module) -> Cut:
+    """Frame embeddings [E]."""
+    assert isinstance(model, VideoCLIP)
+    if not model.plain_tower:
+        raise UserError(
+            "text4vis.temporal_module, text4vis.joint: features are of single frames, and this "
+            "trunk mixes them"
+        )
+    return Cut("frame embeddings", cast("Callable[[Tensor], Tensor]", model.visual))
+
+
+METHOD = Method(
+    build=build,
+    loss=loss,
+    score=score,
+    param_groups=param_groups,
+    cost=cost,
+    feature_cut=feature_cut,
+    clip_load=True,
+)

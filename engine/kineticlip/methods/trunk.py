@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,22 @@ from torch import Tensor, nn
 from kineticlip.config import Config
 from kineticlip.data.batch import VideoViews
 from kineticlip.formats import load_into
-from kineticlip.models.architectures import ResNetShape
+from kineticlip.models.architectures import Architecture, ResNetShape, VisionShape
 from kineticlip.models.resnet import ModifiedResNet
-from kineticlip.models.vision import VisionTransformer
+from kineticlip.models.vision import NO_DROPOUTS, Dropouts, VisionTransformer
 from kineticlip.models.weights import Weights
 from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
 ADDED = (r"time_embedding", r"transformer\.resblocks\.\d+\.control_point\.conv\.weight")
+
+
+def vit_of(model: Architecture, method: str) -> VisionShape:
+    """The shape of a ViT. UserError, in the name of the method, for a ResNet."""
+    if isinstance(model.vision, ResNetShape):
+        raise UserError(f"model.arch: {model.name} is a ResNet; {method} needs a ViT")
+    return model.vision
 
 
 def build_visual(
@@ -35,15 +42,13 @@ def build_visual(
     control_point: Callable[[int], nn.Module] | None = None,
     joint_frames: int = 0,
     shift_frames: int = 0,
-    drop_out: float = 0.0,
-    attention_drop_out: float = 0.0,
-    embedding_drop_out: float = 0.0,
+    dropouts: Dropouts = NO_DROPOUTS,
     optional: tuple[str, ...] = (),
 ) -> nn.Module:
     """The visual tower of config.model with these weights, or random ones from config.seed.
 
-    control_point, joint_frames and the dropouts are those of VisionTransformer, shift_frames that
-    of ModifiedResNet. Parameters that these options add, and those that match `optional`, may be
+    control_point, joint_frames and dropouts are those of VisionTransformer, shift_frames that of
+    ModifiedResNet. Parameters that these options add, and those that match `optional`, may be
     missing from the weights and then keep their initial values. Raises UserError where the
     weights, the resolution or an option do not suit the architecture.
     """
@@ -55,8 +60,7 @@ def build_visual(
         )
     make: Callable[[], nn.Module]
     if isinstance(shape, ResNetShape):
-        dropouts = (drop_out, attention_drop_out, embedding_drop_out)
-        if control_point or joint_frames or any(dropouts):
+        if control_point or joint_frames or dropouts != NO_DROPOUTS:
             raise UserError(f"model.arch: {weights.model.name} is a ResNet: no such option for it")
         if config.train.activation_checkpointing:
             raise UserError("train.activation_checkpointing: only for transformers, not a ResNet")
@@ -69,9 +73,7 @@ def build_visual(
             attention=config.model.attention,
             control_point=control_point,
             joint_frames=joint_frames,
-            drop_out=drop_out,
-            attention_drop_out=attention_drop_out,
-            embedding_drop_out=embedding_drop_out,
+            dropouts=dropouts,
         )
     if control_point or joint_frames:
         optional = (*optional, *ADDED)
@@ -181,17 +183,23 @@ def encode_views(
     ]
 
 
-def embed_views(
-    visual: nn.Module,
-    header: nn.Module | None,
-    videos: Sequence[VideoViews],
-    chunk: int,
-    *,
-    per_clip: bool,
-) -> list[Tensor]:
+class HeaderModel(Protocol):
+    """A tower, and a temporal header on its frame embeddings; plain_tower: see VideoModel."""
+
+    @property
+    def visual(self) -> nn.Module: ...
+
+    @property
+    def fusion_model(self) -> nn.Module | None: ...
+
+    @property
+    def plain_tower(self) -> bool: ...
+
+
+def embed_views(model: HeaderModel, videos: Sequence[VideoViews], chunk: int) -> list[Tensor]:
     """Raw embeddings of every view of each video, float32 [crops * K, E], crop-major."""
-    frames = encode_views(visual, videos, chunk, per_clip=per_clip)
-    views = apply_header(header, torch.cat(frames)).mean(dim=1).float()
+    frames = encode_views(model.visual, videos, chunk, per_clip=not model.plain_tower)
+    views = apply_header(model.fusion_model, torch.cat(frames)).mean(dim=1).float()
     return list(views.split([len(rows) for rows in frames]))
 
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from kineticlip.config import Config, ContrastiveConfig
 from kineticlip.data.batch import VideoViews
-from kineticlip.methods import contrastive
-from kineticlip.methods.contrastive import ContrastiveCLIP
+from kineticlip.methods.contrastive import ContrastiveCLIP, contrastive_model
 from kineticlip.methods.head import cosine_logits, kernels_of, own_loss, view_scores
 from kineticlip.methods.method import Method
+from kineticlip.methods.text4vis import video_cost
 from kineticlip.methods.trunk import embed_views
+from kineticlip.models.architectures import Architecture
+from kineticlip.models.cost import Part, text, with_training
 from kineticlip.runtime.errors import UserError
 
 
@@ -37,16 +39,15 @@ def build(config: Config, class_names: Sequence[str]) -> ContrastiveCLIP:
             train_visual=options.train_visual,
         ),
     )
-    return contrastive.build(settings, class_names)
+    return contrastive_model(settings, METHOD.weights(config), class_names)
 
 
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
     """Probabilities [len(videos), C]: the mean over a video's views of their softmax."""
     assert isinstance(model, ContrastiveCLIP)
-    views = embed_views(model.visual, None, videos, chunk, per_clip=False)
     scale = model.logit_scale.float().exp()
     logits = partial(cosine_logits, rows=model.class_rows(), scale=scale)
-    return view_scores(views, logits, kernels=kernels_of(model))
+    return view_scores(embed_views(model, videos, chunk), logits, kernels=kernels_of(model))
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
@@ -58,6 +59,19 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-VIFICLIP = Method(
-    build=build, loss=partial(own_loss, method="vificlip"), score=score, param_groups=param_groups
+def cost(config: Config, model: Architecture, classes: int) -> list[Part]:
+    """CLIP's towers and nothing else; which of them train is the configuration's choice."""
+    options = config.vificlip
+    parts = [*video_cost(model, config.data.num_frames), text(model.text, classes)]
+    return with_training(
+        parts, lambda part: options.train_text if part.once else options.train_visual
+    )
+
+
+METHOD = Method(
+    build=build,
+    loss=partial(own_loss, method="vificlip"),
+    score=score,
+    param_groups=param_groups,
+    cost=cost,
 )

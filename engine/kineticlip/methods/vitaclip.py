@@ -27,11 +27,11 @@ from kineticlip.methods.prompts_text import Placeholders, TextPrompts, clean, ne
 from kineticlip.methods.prompts_vision import VisionPrompts
 from kineticlip.methods.text4vis import LOGIT_SCALE
 from kineticlip.methods.text_side import adopt_text_tower, own_text_tower, under
-from kineticlip.methods.trunk import FrozenTensors, build_visual, seeded
-from kineticlip.models.architectures import VisionShape
+from kineticlip.methods.trunk import FrozenTensors, build_visual, seeded, vit_of
+from kineticlip.methods.vitaclip_cost import cost
 from kineticlip.models.classifier import SUFFIX, build_classifier
 from kineticlip.models.text import encode_embedded
-from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.models.weights import Weights
 from kineticlip.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class VitaCLIP(nn.Module):
     one, and evaluation once. rows [C, E]: features of the classes in place of learned words.
     """
 
+    plain_tower = False  # its attention gets prompts as sources
     token_embedding: nn.Module
     text_projection: Tensor
 
@@ -53,7 +54,6 @@ class VitaCLIP(nn.Module):
         visual: nn.Module,
         prompts: VisionPrompts,
         *,
-        class_names: Sequence[str],
         tower: Any = None,
         learner: TextPrompts | None = None,
         rows: Tensor | None = None,
@@ -61,7 +61,6 @@ class VitaCLIP(nn.Module):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
         self.visual, self.prompts, self.prompt_learner = visual, prompts, learner
-        self.class_names = tuple(class_names)
         self.untrained: tuple[str, ...] = ()
         frozen = {} if rows is None else {"rows": F.normalize(rows.float(), dim=-1)}
         if learner is not None:
@@ -146,7 +145,7 @@ class VitaCLIP(nn.Module):
 
 def build(config: Config, class_names: Sequence[str]) -> VitaCLIP:
     """The model of a configuration; weights of CLIP or of a whole Vita-CLIP checkpoint."""
-    return vita_model(config, resolve_weights(config.model.arch, config.model.weights), class_names)
+    return vita_model(config, METHOD.weights(config), class_names)
 
 
 def vita_model(config: Config, weights: Weights, class_names: Sequence[str]) -> VitaCLIP:
@@ -172,7 +171,7 @@ def vita_model(config: Config, weights: Weights, class_names: Sequence[str]) -> 
         parts = {"tower": tower, "learner": _text_prompts(config, weights, class_names, tower)}
         if "prompt_learner.ctx" not in tensors:
             missing.append("prompt_learner")
-    model = VitaCLIP(visual, prompts, class_names=class_names, **parts)
+    model = VitaCLIP(visual, prompts, **parts)
     model.untrained = tuple(missing)
     if "logit_scale" in tensors:
         with torch.no_grad():
@@ -192,9 +191,7 @@ def _vision_prompts(
     config: Config, weights: Weights, tensors: dict[str, Tensor]
 ) -> tuple[VisionPrompts, bool]:
     """The prompts, and whether the weights have them."""
-    options, shape = config.vitaclip, weights.model.vision
-    if not isinstance(shape, VisionShape):
-        raise UserError(f"model.arch: {weights.model.name} is a ResNet; it takes no prompts")
+    options, shape = config.vitaclip, vit_of(weights.model, "Vita-CLIP")
     frames = len(tensors["time_embed"]) if "time_embed" in tensors else config.data.num_frames
     with seeded(config.seed):
         prompts = VisionPrompts(
@@ -322,4 +319,11 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-VITACLIP = Method(build=build, loss=loss, score=score, param_groups=param_groups, pipeline="evl")
+METHOD = Method(
+    build=build,
+    loss=loss,
+    score=score,
+    param_groups=param_groups,
+    cost=cost,
+    pipeline="evl",
+)

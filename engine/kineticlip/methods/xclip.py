@@ -23,12 +23,13 @@ from kineticlip.methods.prompts_text import clean
 from kineticlip.methods.prompts_vision import BlockPrompts
 from kineticlip.methods.text4vis import LOGIT_SCALE
 from kineticlip.methods.text_side import adopt_text_tower, own_text_tower, under
-from kineticlip.methods.trunk import FrozenTensors, build_visual, seeded
+from kineticlip.methods.trunk import FrozenTensors, build_visual, seeded, vit_of
+from kineticlip.methods.xclip_cost import cost
 from kineticlip.models.architectures import Architecture, VisionShape
 from kineticlip.models.prompts import expand_templates, render
 from kineticlip.models.text import BATCH, encode_text, tokenize
-from kineticlip.models.transformer import Block, LayerNorm, Transformer
-from kineticlip.models.weights import Weights, resolve_weights
+from kineticlip.models.transformer import Block, BlockShape, LayerNorm, Transformer
+from kineticlip.models.weights import Weights
 from kineticlip.runtime.errors import UserError
 
 
@@ -63,9 +64,8 @@ class FrameIntegration(nn.Module):
     def __init__(self, embed: int, frames: int, *, layers: int, heads: int) -> None:
         super().__init__()
         self.position_embedding = nn.Parameter(torch.empty(1, frames, embed))
-        self.transformer = Transformer(
-            [Block(embed, heads, mlp_width=4 * embed) for _ in range(layers)]
-        )
+        shape = BlockShape(width=embed, heads=heads, mlp_width=4 * embed)
+        self.transformer = Transformer([Block(shape) for _ in range(layers)])
         nn.init.normal_(self.position_embedding, std=0.02)
         for block in cast("list[Block]", list(self.transformer.resblocks)):
             block.initialise_like_clip(layers)
@@ -145,6 +145,8 @@ class XCLIP(nn.Module):
     tokens: [C, n], the sentences of the classes.
     """
 
+    plain_tower = False  # its attention gets message tokens as sources
+    classifier: Tensor | None = None  # the text depends on the video
     text_projection: Tensor
 
     def __init__(
@@ -155,12 +157,10 @@ class XCLIP(nn.Module):
         *,
         tower: Any,
         tokens: Tensor,
-        frames: int,
-        class_names: Sequence[str],
     ) -> None:
         super().__init__()
-        shape, options, embed = model.vision, config.xclip, model.embed
-        assert isinstance(shape, VisionShape)
+        shape, options, embed = vit_of(model, "X-CLIP"), config.xclip, model.embed
+        frames = config.data.num_frames
         self.visual, self.frames = visual, frames
         self.prompts = Messages(shape, frames, config)
         self.mit = FrameIntegration(
@@ -179,7 +179,6 @@ class XCLIP(nn.Module):
             scale=options.prompt_scale,
         )
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
-        self.class_names = tuple(class_names)
         self.untrained: tuple[str, ...] = ()
         self.frozen = FrozenTensors(attn_mask=adopt_text_tower(self, tower), tokens=tokens)
         self._kept: Tensor | None = None
@@ -243,19 +242,16 @@ NEW = ("prompts", "mit", "prompts_visual_layernorm", "prompts_visual_projection"
 
 def build(config: Config, class_names: Sequence[str]) -> XCLIP:
     """The model of a configuration; weights of CLIP, or of transformers' XCLIPModel."""
-    weights = resolve_weights(config.model.arch, config.model.weights)
+    weights = METHOD.weights(config)
     context = weights.model.text.context
     template = expand_templates((config.classifier.template,))[0]
     sentences = render(template, [clean(name) for name in class_names])
-    return xclip_model(config, weights, tokenize(sentences, context), class_names)
+    return xclip_model(config, weights, tokenize(sentences, context))
 
 
-def xclip_model(
-    config: Config, weights: Weights, tokens: Tensor, class_names: Sequence[str]
-) -> XCLIP:
+def xclip_model(config: Config, weights: Weights, tokens: Tensor) -> XCLIP:
     """The model with these weights and token rows [C, n]."""
-    if not isinstance(weights.model.vision, VisionShape):
-        raise UserError(f"model.arch: {weights.model.name} is a ResNet; X-CLIP needs a ViT")
+    vit_of(weights.model, "X-CLIP")
     tensors = weights.tensors if weights.path is not None else {}
     embed, heads = weights.model.embed, config.xclip.prompt_heads
     if embed % heads:
@@ -263,15 +259,7 @@ def xclip_model(
     visual = build_visual(config, weights)
     tower = own_text_tower(config, weights, tensors).requires_grad_(config.xclip.train_text)
     with seeded(config.seed):
-        model = XCLIP(
-            visual,
-            weights.model,
-            config,
-            tower=tower,
-            tokens=tokens,
-            frames=config.data.num_frames,
-            class_names=class_names,
-        )
+        model = XCLIP(visual, weights.model, config, tower=tower, tokens=tokens)
     if "logit_scale" in tensors:
         with torch.no_grad():
             model.logit_scale.copy_(tensors["logit_scale"])
@@ -337,4 +325,4 @@ def param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-XCLIP_METHOD = Method(build=build, loss=loss, score=score, param_groups=param_groups)
+METHOD = Method(build=build, loss=loss, score=score, param_groups=param_groups, cost=cost)

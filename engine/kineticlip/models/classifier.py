@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from kineticlip.runtime.errors import UserError, did_you_mean
 from kineticlip.runtime.files import write_atomic
 
 SUFFIX = ".safetensors"
+
+OpenText = Callable[[], tuple[Weights, str]]  # see `text_weights`
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,14 @@ def build_classifier(
     class_names: Sequence[str],
     *,
     weights: Weights | None = None,
+    rounded: bool = False,
 ) -> Classifier:
     """The matrix that `config.classifier` describes, for these classes.
 
-    weights: those of config.model, where the caller has them open already. Where the model was
-    trained with other classes, `training_labels` names them: with `center` it is their mean that
-    goes, so that new classes move as the trained ones did, and the random sources give the new
-    classes rows of their own, behind the trained ones'.
+    weights, rounded: see `text_weights`. Where the model was trained with other classes,
+    `training_labels` names them: with `center` it is their mean that goes, so that new classes
+    move as the trained ones did, and the random sources give the new classes rows of their own,
+    behind the trained ones'.
     """
     source = config.classifier.source
     if source.endswith(SUFFIX):
@@ -81,7 +85,8 @@ def build_classifier(
     trained = read_labels(labels) if labels else tuple(class_names)
     known = set(trained)
     every = (*trained, *(name for name in class_names if name not in known))
-    built = SOURCES[source](config, every, weights)
+    open_text = partial(text_weights, config, weights, rounded=rounded)
+    built = SOURCES[source](config, every, open_text)
     if config.classifier.center:
         built = centered(built, trained)
     return built.for_names(class_names, source)
@@ -100,27 +105,33 @@ def centered(classifier: Classifier, training_names: Sequence[str]) -> Classifie
     )
 
 
-def text_weights(config: Config, weights: Weights | None) -> tuple[Weights, str]:
+def text_weights(
+    config: Config, weights: Weights | None = None, *, rounded: bool = False
+) -> tuple[Weights, str]:
     """The weights of the text tower, and the config key that names them.
 
-    weights: those of config.model, where the caller has them open already.
+    weights: those of config.model, where the caller has them open already; a text tower of other
+    weights is then rounded as they are. rounded: see `Weights`; of what is opened without them.
     """
     own = config.classifier.text_weights
     key = "classifier.text_weights" if own else "model.weights"
     if own or weights is None:
         weights = resolve_weights(
-            config.model.arch, own or config.model.weights, key=key, rounded=config.rounds_clip
+            config.model.arch,
+            own or config.model.weights,
+            key=key,
+            rounded=weights.rounded if weights is not None else rounded,
         )
     return weights, key
 
 
-def _from_text(config: Config, names: Sequence[str], weights: Weights | None) -> Classifier:
+def _from_text(config: Config, names: Sequence[str], open_text: OpenText) -> Classifier:
     """CLIP's text features of the prompts. One template: as they come, as Text4Vis keeps them.
 
     Several: the mean of the unit features, as CLIP's own zero-shot evaluation ensembles them.
     """
     options = config.classifier
-    weights, key = text_weights(config, weights)
+    weights, key = open_text()
     templates = expand_templates(options.templates or (options.template,))
     prompts = [prompt for template in templates for prompt in render(template, names)]
     seed = config.seed
@@ -141,18 +152,18 @@ def _from_text(config: Config, names: Sequence[str], weights: Weights | None) ->
     return Classifier(matrix, tuple(names), provenance)
 
 
-def _random_normal(config: Config, names: Sequence[str], weights: Weights | None) -> Classifier:
+def _random_normal(config: Config, names: Sequence[str], open_text: OpenText) -> Classifier:
     """Rows of independent N(0, 1): the random classifier of the Text4Vis ablation."""
-    del weights
+    del open_text
     embed, seed = architecture(config.model.arch).embed, config.classifier.seed
     matrix = np.random.default_rng(seed).standard_normal((len(names), embed))
     provenance = {"source": "random_normal", "seed": seed}
     return Classifier(torch.from_numpy(matrix).float(), tuple(names), provenance)
 
 
-def _random_orthogonal(config: Config, names: Sequence[str], weights: Weights | None) -> Classifier:
+def _random_orthogonal(config: Config, names: Sequence[str], open_text: OpenText) -> Classifier:
     """The first C rows of Q of a square normal matrix: the other random one of the ablation."""
-    del weights
+    del open_text
     embed, seed = architecture(config.model.arch).embed, config.classifier.seed
     if len(names) > embed:
         raise UserError(
@@ -164,8 +175,8 @@ def _random_orthogonal(config: Config, names: Sequence[str], weights: Weights | 
     return Classifier(torch.from_numpy(matrix).float(), tuple(names), provenance)
 
 
-Source = Callable[[Config, Sequence[str], "Weights | None"], Classifier]
-SOURCES: dict[str, Source] = {
+# classifier.source -> the rows of these classes; the text tower is opened by those that need it
+SOURCES: dict[str, Callable[[Config, Sequence[str], OpenText], Classifier]] = {
     "text": _from_text,
     "random_normal": _random_normal,
     "random_orthogonal": _random_orthogonal,

@@ -10,8 +10,8 @@ Shape letters: N tokens, D width, L blocks, T frames, E embedding, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from kineticlip.models.architectures import ResNetShape, TextShape, VisionShape
 
@@ -58,6 +58,11 @@ def totals(parts: Sequence[Part]) -> Totals:
         ours=sum(part.ours for part in clip),
         paper=sum(part.official for part in clip if part.in_paper),
     )
+
+
+def with_training(parts: Sequence[Part], trains: Callable[[Part], bool]) -> list[Part]:
+    """The same parts; of those that train all parameters do, of the others none."""
+    return [replace(part, trained=part.parameters if trains(part) else 0) for part in parts]
 
 
 # Transformer blocks -----------------------------------------------------------------------------
@@ -241,9 +246,6 @@ def text(shape: TextShape, sentences: int, *, positions: int | None = None) -> P
         ours=sentences * _sentence(shape, n),
         once=True,
     )
-
-
-# Methods ----------------------------------------------------------------------------------------
 
 
 def _sentence(shape: TextShape, tokens: int) -> int:

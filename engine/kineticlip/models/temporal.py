@@ -12,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kineticlip.models.transformer import Block, KeysValues, Transformer
+from kineticlip.models.transformer import Block, BlockShape, KeysValues, Transformer
 from kineticlip_kernels.attention import AttentionImpl
 from kineticlip_kernels.dispatch import Impl
 from kineticlip_kernels.temporal import frame_attention
-
-POSITIONS = 77  # rows of the header's table: CLIP's text context, whatever the number of frames
 
 
 def attend_frames(qkv: Tensor, *, sources: Sequence[KeysValues], impl: AttentionImpl) -> Tensor:
@@ -32,7 +30,8 @@ class TemporalTransformer(nn.Module):
     Six pre-LN blocks with QuickGELU over frame embeddings plus learned positions; LayerNorm with
     eps 1e-12; heads as many as the text tower's. Frames are not averaged here. Keys and initial
     values are the official ones (`fusion_model.*`), xavier for the packed projections included.
-    attention: the face of `kineticlip_kernels.temporal.frame_attention`.
+    positions: rows of their table, and so the most frames; officially as many as the text tower
+    has tokens. attention: the face of `kineticlip_kernels.temporal.frame_attention`.
     """
 
     def __init__(
@@ -41,17 +40,14 @@ class TemporalTransformer(nn.Module):
         heads: int,
         *,
         layers: int = 6,
+        positions: int = 77,
         kernels: Impl = "auto",
         attention: AttentionImpl = "auto",
     ) -> None:
         super().__init__()
-        self.frame_position_embeddings = nn.Embedding(POSITIONS, embed)
-        blocks = [
-            Block(
-                embed, heads, mlp_width=4 * embed, eps=1e-12, kernels=kernels, attention=attention
-            )
-            for _ in range(layers)
-        ]
+        self.frame_position_embeddings = nn.Embedding(positions, embed)
+        shape = BlockShape(width=embed, heads=heads, mlp_width=4 * embed, eps=1e-12)
+        blocks = [Block(shape, kernels=kernels, attention=attention) for _ in range(layers)]
         for block in blocks:
             block.attn.attend = attend_frames
         self.transformer = Transformer(blocks)
@@ -67,7 +63,7 @@ class TemporalTransformer(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Frame embeddings [B, T, E], T <= 77 -> [B, T, E]."""
+        """Frame embeddings [B, T, E], T at most `positions` -> [B, T, E]."""
         order = torch.arange(frames.shape[1], device=frames.device)
         x = frames + self.frame_position_embeddings(order)
         out: Tensor = self.transformer(x) + frames

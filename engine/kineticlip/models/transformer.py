@@ -8,6 +8,7 @@ owns it, which is what ZeRO-3 gathers parameters by.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -146,22 +147,30 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop_out).transpose(1, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """Sizes of a block; what its MLP and its norms compute."""
+
+    width: int
+    heads: int
+    mlp_width: int
+    activation: Activation = "quick_gelu"
+    eps: float = 1e-5  # of both norms
+
+
 class Block(nn.Module):
     """x += attention(ln_1(x)); x += mlp(ln_2(x)).
 
     The stream travels as a pair (x, update not yet added), so that every addition is one kernel
     with the LayerNorm behind it. control_point, where there is one, changes the stream before
-    the attention and, if its `twice` says so, before the MLP.
+    the attention and, if its `twice` says so, before the MLP. drop_out: of the whole residual
+    branches of a row; attention_drop_out: of attention weights.
     """
 
     def __init__(
         self,
-        width: int,
-        heads: int,
+        shape: BlockShape,
         *,
-        mlp_width: int,
-        activation: Activation = "quick_gelu",
-        eps: float = 1e-5,
         kernels: Impl = "auto",
         attention: AttentionImpl = "auto",
         drop_out: float = 0.0,
@@ -169,12 +178,13 @@ class Block(nn.Module):
         control_point: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        width, eps = shape.width, shape.eps
         self.ln_1 = LayerNorm(width, eps=eps, kernels=kernels)
         self.attn = Attention(
-            width, heads, kernels=kernels, impl=attention, drop_out=attention_drop_out
+            width, shape.heads, kernels=kernels, impl=attention, drop_out=attention_drop_out
         )
         self.ln_2 = LayerNorm(width, eps=eps, kernels=kernels)
-        self.mlp = Mlp(width, mlp_width, activation, kernels=kernels)
+        self.mlp = Mlp(width, shape.mlp_width, shape.activation, kernels=kernels)
         self.drop_out = drop_out
         self.control_point = control_point
 

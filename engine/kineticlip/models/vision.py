@@ -7,6 +7,7 @@ N = 1 + P tokens, D width, H heads, K head width, E embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -14,11 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kineticlip.models.architectures import VisionShape
-from kineticlip.models.transformer import Block, LayerNorm, Sources, Tap, Transformer
+from kineticlip.models.transformer import Block, BlockShape, LayerNorm, Sources, Tap, Transformer
 from kineticlip.runtime.errors import UserError
 from kineticlip_kernels.attention import AttentionImpl
 from kineticlip_kernels.dispatch import Impl
 from kineticlip_kernels.patches import fold_patch_embedding, unfold_patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropouts:
+    """What a tower drops in training, as shares.
+
+    paths: residual branches, for whole rows of the batch; attention: attention weights. Both
+    rise linearly over the blocks, from none to this at the last. tokens: of the embedded images.
+    """
+
+    paths: float = 0.0
+    attention: float = 0.0
+    tokens: float = 0.0
+
+
+NO_DROPOUTS = Dropouts()
 
 
 class VisionTransformer(nn.Module):
@@ -27,8 +44,7 @@ class VisionTransformer(nn.Module):
     kernels and attention choose the faces of the ops. control_point makes the module that each
     block applies to the stream (temporal.py). joint_frames = T: tokens of all T frames of a clip
     attend to each other, one class token a clip, plus a learned `time_embedding` [T, D].
-    drop_out, of whole residual branches, and attention_drop_out, of attention weights, rise
-    linearly over the blocks; embedding_drop_out acts on the tokens. Weights start as CLIP's do.
+    Weights start as CLIP's do.
     """
 
     def __init__(
@@ -39,9 +55,7 @@ class VisionTransformer(nn.Module):
         attention: AttentionImpl = "auto",
         control_point: Callable[[int], nn.Module] | None = None,
         joint_frames: int = 0,
-        drop_out: float = 0.0,
-        attention_drop_out: float = 0.0,
-        embedding_drop_out: float = 0.0,
+        dropouts: Dropouts = NO_DROPOUTS,
     ) -> None:
         super().__init__()
         self.shape, self.joint_frames = shape, joint_frames
@@ -52,19 +66,22 @@ class VisionTransformer(nn.Module):
             self.time_embedding = nn.Parameter(torch.empty(joint_frames, width))
         self.kernels = kernels
         self.conv1 = PatchProjection(shape, kernels=kernels)
-        self.embedding_drop_out = nn.Dropout(embedding_drop_out)
+        self.embedding_drop_out = nn.Dropout(dropouts.tokens)
         self.ln_pre = LayerNorm(width, kernels=kernels)
+        block = BlockShape(
+            width=width,
+            heads=shape.heads,
+            mlp_width=shape.mlp_width,
+            activation=shape.activation,
+        )
         self.transformer = Transformer(
             [
                 Block(
-                    width,
-                    shape.heads,
-                    mlp_width=shape.mlp_width,
-                    activation=shape.activation,
+                    block,
                     kernels=kernels,
                     attention=attention,
-                    drop_out=drop_out * index / max(layers - 1, 1),
-                    attention_drop_out=attention_drop_out * index / max(layers - 1, 1),
+                    drop_out=dropouts.paths * index / max(layers - 1, 1),
+                    attention_drop_out=dropouts.attention * index / max(layers - 1, 1),
                     control_point=control_point(width) if control_point else None,
                 )
                 for index in range(layers)

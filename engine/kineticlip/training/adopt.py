@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kineticlip.config import Config
 from kineticlip.formats import OptimiserState, read_checkpoint, read_optimiser
+from kineticlip.methods import method_named
 from kineticlip.runtime.distributed import Ranks
 from kineticlip.runtime.errors import UserError
 from kineticlip.training.checkpoint import Progress
@@ -27,17 +28,16 @@ def starting_point(config: Config, resume: str) -> tuple[Config, str, str]:
     """What `--resume FILE` stands for: (the run from that file's weights, auto, FILE).
 
     The run's own checkpoints go before the file, so the same command can be given again. The
-    trunk of a file that holds EVL's decoder alone is the one that model.weights names. Other
+    trunk of a file without one, such as EVL's decoder alone, is what model.weights names. Other
     values of --resume are given back as they are, with no file.
     """
     if resume in ("auto", "never") or not Path(resume).is_file():
         return config, resume, ""
-    evl = config.evl
-    if not any(name.startswith("visual.") for name in read_checkpoint(resume).tensors):
-        given = config.model.weights
-        evl = evl if given == resume else replace(evl, backbone=given)
-    model = replace(config.model, weights=resume)
-    return replace(config, model=model, evl=evl), "auto", resume
+    given = config.model.weights
+    has_trunk = any(name.startswith("visual.") for name in read_checkpoint(resume).tensors)
+    if not has_trunk and given != resume:
+        config = method_named(config.method).with_trunk(config, given)
+    return replace(config, model=replace(config.model, weights=resume)), "auto", resume
 
 
 def official_state(path: str, config: Config, ranks: Ranks) -> OptimiserState:

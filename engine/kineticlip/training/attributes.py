@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kineticlip.config import Config
+from kineticlip.methods import method_named
 from kineticlip.methods.nce import matching_loss
 from kineticlip.methods.trunk import seeded
 from kineticlip.models.classifier import text_weights
@@ -118,7 +119,7 @@ def encode_names(
     config: Config, names: Sequence[str], *, device: torch.device, truncate: bool = False
 ) -> Tensor:
     """Unit features [C, E] of the configured template around each name."""
-    weights, _ = text_weights(config, None)
+    weights, _ = text_weights(config, rounded=method_named(config.method).rounds_clip(config))
     (template, *_) = expand_templates((config.classifier.template,))
     prompts = render(template, names)
     features = text_features(weights, prompts, seed=config.seed, truncate=truncate, device=device)

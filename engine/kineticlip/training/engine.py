@@ -51,7 +51,7 @@ def start(job: Job, *, aligned: bool = True) -> Started:
     optimizer = build_optimizer(groups, config.optim, fused=job.device.type == "cuda")
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     weights = FullPrecision.of(model, config, kept=job.ranks.is_first)
-    originals = job.method.prepare(model, config)
+    originals = job.method.before_training(model, config)
     weights.frozen.update(originals if job.ranks.is_first else {})
     engine = start_engine(config, model, optimizer, ranks=job.ranks, device=job.device)
     return Started(engine=engine, rates=rates, shown=shown, weights=weights, aligned=aligned)

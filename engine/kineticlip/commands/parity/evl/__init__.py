@@ -29,7 +29,7 @@ from kineticlip.commands.parity.evl.model import (
 from kineticlip.commands.parity.evl.training import learning_rates, three_steps
 from kineticlip.data.batch import VideoViews
 from kineticlip.evaluation.metrics import topk_accuracy
-from kineticlip.methods.evl import EVL_METHOD
+from kineticlip.methods.evl import METHOD
 
 
 def checks(folder: Path) -> Iterator[Check]:
@@ -82,7 +82,7 @@ def _evaluation(folder: Path) -> Iterator[Check]:
                 yield compare(
                     f"eval: logits {video}", model(views), logits, atol=FORWARD, relative=True
                 )
-                mean = EVL_METHOD.score(model, [_as_video(views)], 1)[0]
+                mean = METHOD.score(model, [_as_video(views)], 1)[0]
         yield compare(f"eval: scores {video}", mean, expected.flatten(), atol=FORWARD)
         scores.append(mean.tolist())
         labels.append(int(recorded[f"label.{video}"]))

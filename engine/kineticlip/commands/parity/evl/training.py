@@ -17,7 +17,7 @@ from kineticlip.commands.parity.evl.model import (
 )
 from kineticlip.config import OptimConfig, TrainConfig
 from kineticlip.data.batch import Batch
-from kineticlip.methods.evl import EVL_METHOD
+from kineticlip.methods.evl import METHOD
 from kineticlip.training.optim import Timetable, build_optimizer, epochs_of, rate_factor
 
 UPDATED = 5e-5  # parameters after AdamW, which turns rounding of small gradients into moves
@@ -48,7 +48,7 @@ def three_steps(folder: Path, clip: Tensor, labels: Tensor) -> Iterator[Check]:
             total = 0.0
             for pixels, targets in zip(clip.chunk(parts), labels.chunk(parts), strict=True):
                 batch = Batch(pixels=pixels, labels=targets, names=("",) * len(targets))
-                loss, _ = EVL_METHOD.loss(model, batch)
+                loss, _ = METHOD.loss(model, batch)
                 (loss / parts).backward()
                 total += float(loss.detach()) / parts
             optimizer.step()

@@ -12,7 +12,7 @@ from kineticlip.commands.parity.text4vis.files import EMBEDDINGS, PROBABILITIES,
 from kineticlip.commands.parity.text4vis.models import HEADERS, build_case, case_clips
 from kineticlip.data.batch import VideoViews
 from kineticlip.formats import load_into
-from kineticlip.methods.bike import BIKE, BikeCLIP, Interaction, encode_sentences
+from kineticlip.methods.bike import METHOD, BikeCLIP, Interaction, encode_sentences
 from kineticlip.models.text import text_tower
 from kineticlip.training.attributes import SentenceHead
 
@@ -37,7 +37,7 @@ def bike_checks(golden: Golden) -> Iterator[Check]:
             model = BikeCLIP(video, interaction=interaction, sentences=sentences, words=words)
             with torch.inference_mode():
                 logits = model.similarity(frames)
-                scores = BIKE.score(model.eval(), [_views(clips)], len(clips[0]))
+                scores = METHOD.score(model.eval(), [_views(clips)], len(clips[0]))
             key = f"{header}_{name}"
             yield compare(f"bike/logits_{key}", logits, recorded[f"logits_{key}"], atol=EMBEDDINGS)
             expected = recorded[f"test_score_{key}"]

@@ -119,7 +119,8 @@ def text_checks(golden: Golden) -> Iterator[Check]:
 def header_checks(golden: Golden) -> Iterator[Check]:
     """The temporal header alone: long clips, and an epsilon that only tiny inputs reveal."""
     recorded, prefix = golden.tensors("case_fusion_only"), "fusion_model."
-    header = TemporalTransformer(golden.vit.embed, golden.vit.header_heads).eval()
+    vit, positions = golden.vit, golden.text.context
+    header = TemporalTransformer(vit.embed, vit.header_heads, positions=positions).eval()
     weights = golden.tensors("fusion_transf")
     tensors = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     load_into(header, tensors, what="fusion_transf.safetensors")

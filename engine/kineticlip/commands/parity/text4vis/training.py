@@ -21,7 +21,7 @@ from kineticlip.commands.parity.text4vis.files import LOSSES, Golden, ratios
 from kineticlip.commands.parity.text4vis.models import build_case
 from kineticlip.config import Config, OptimConfig, TrainConfig
 from kineticlip.data.batch import Batch
-from kineticlip.methods.text4vis import TEXT4VIS, VideoCLIP
+from kineticlip.methods.text4vis import METHOD, VideoCLIP
 from kineticlip.models.temporal import TokenConv
 from kineticlip.runtime.distributed import Ranks, initialise
 from kineticlip.training.job import Job
@@ -145,7 +145,7 @@ def _run_loop(golden: Golden, kind: str, device: torch.device) -> RecordedRun:
     model = _initial_model(golden, kind)
 
     def loss(engine: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        value, metrics = TEXT4VIS.loss(engine, batch)
+        value, metrics = METHOD.loss(engine, batch)
         losses.append(value.item())
         return value, metrics
 
@@ -155,7 +155,7 @@ def _run_loop(golden: Golden, kind: str, device: torch.device) -> RecordedRun:
         with contextlib.suppress(RecordingEnds), contextlib.redirect_stderr(io.StringIO()):
             job = Job(
                 config=config,
-                method=replace(TEXT4VIS, loss=loss),
+                method=replace(METHOD, loss=loss),
                 model=model,
                 loader=loader,
                 ranks=Ranks(),
@@ -200,7 +200,7 @@ def _loop_config(solver: dict[str, Any], size: int, folder: str) -> Config:
 
 def _group_checks(kind: str, expected: dict[str, Any], model: VideoCLIP) -> Iterator[Check]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {group["name"]: group["params"] for group in TEXT4VIS.param_groups(model, Config())}
+    groups = {group["name"]: group["params"] for group in METHOD.param_groups(model, Config())}
     for official, ours in (("group0", "clip"), ("group1", "new")):
         found = [names[id(parameter)] for parameter in groups.get(ours, [])]
         yield exactly(f"train/{kind}/{official}", sorted(found), sorted(expected[official]))
@@ -226,7 +226,7 @@ def _run_checks(kind: str, recorded: dict[str, Any], run: RecordedRun) -> Iterat
 def _gradient_checks(
     golden: Golden, key: str, expected: dict[str, Any], model: VideoCLIP
 ) -> Iterator[Check]:
-    loss, _ = TEXT4VIS.loss(model, next(RecordedLoader(golden).epoch(0)))
+    loss, _ = METHOD.loss(model, next(RecordedLoader(golden).epoch(0)))
     loss.backward()
     yield compare(f"train/{key}/loss", loss, expected["loss"], atol=LOSSES)
     norms = {

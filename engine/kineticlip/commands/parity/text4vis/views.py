@@ -32,7 +32,7 @@ from kineticlip.data.sampling import sample_test
 from kineticlip.evaluation.loop import evaluate_videos
 from kineticlip.evaluation.ready import default_chunk, prepare
 from kineticlip.evaluation.results import ResultWriter, protocol_fingerprint, read_results
-from kineticlip.methods.text4vis import TEXT4VIS, VideoCLIP
+from kineticlip.methods.text4vis import METHOD, VideoCLIP
 from kineticlip.methods.trunk import embed_views
 
 CPU = torch.device("cpu")
@@ -81,9 +81,7 @@ def evaluate_run(
     entries = read_list(listing, frames, num_classes=len(golden.class_names)).entries
     videos = [video for video in TestLoader(entries, config) if isinstance(video, VideoViews)]
     with torch.inference_mode():
-        views = embed_views(
-            model.visual, model.fusion_model, videos, default_chunk(CPU), per_clip=model.per_clip
-        )
+        views = embed_views(model, videos, default_chunk(CPU))
     shape = golden.vit.vision
     return MultiView(
         indices=[
@@ -115,7 +113,7 @@ def _results(
         ) as writer:
             evaluate_videos(
                 model,
-                TEXT4VIS,
+                METHOD,
                 videos,
                 writer,
                 total=len(videos),

@@ -19,7 +19,7 @@ from kineticlip.data.labels import read_labels
 from kineticlip.formats import TARGETS
 from kineticlip.formats.table import apply_rules
 from kineticlip.methods.prompts_text import Placeholders, clean
-from kineticlip.methods.vitaclip import VITACLIP, VitaCLIP, vita_model
+from kineticlip.methods.vitaclip import METHOD, VitaCLIP, vita_model
 from kineticlip.models.architectures import architecture
 from kineticlip.models.classifier import Classifier, save_classifier
 from kineticlip.models.text import encode_text, tokenize
@@ -173,7 +173,7 @@ def zero_shot(golden: Golden) -> Iterator[Check]:
     with torch.inference_mode():
         yield close("zero-shot features", model.encode_clips(clips), expected["video_feature"])
         yield close("zero-shot logits", model(clips), expected["logits"])
-        scores = VITACLIP.score(model, [views], frames)[0]
+        scores = METHOD.score(model, [views], frames)[0]
     yield close("zero-shot view mean", scores, expected["view_mean_scores"])
     for name in ("top1", "top5"):
         want = expected[name]

@@ -14,7 +14,7 @@ from kineticlip.commands.parity.vitaclip.golden import Golden, close, load, read
 from kineticlip.config import Config
 from kineticlip.data.batch import Batch
 from kineticlip.formats.names import split_projections
-from kineticlip.methods.vitaclip import VITACLIP, VitaCLIP
+from kineticlip.methods.vitaclip import METHOD, VitaCLIP
 from kineticlip.training.optim import build_optimizer, rate_factor
 
 GRADIENT = 1e-4  # of a gradient's largest magnitude
@@ -41,7 +41,7 @@ class Accumulating:
         total = 0.0
         for pixels, truth in zip(clips.chunk(self.splits), labels.chunk(self.splits), strict=True):
             batch = Batch(pixels=pixels, labels=truth, names=("",) * len(truth))
-            loss, _ = VITACLIP.loss(self, batch)
+            loss, _ = METHOD.loss(self, batch)
             cast(Any, loss / self.splits).backward()
             total += float(loss.detach()) / self.splits
         return total
@@ -76,7 +76,7 @@ def gradients(golden: Golden) -> Iterator[Check]:
 
 def _trained(golden: Golden) -> tuple[VitaCLIP, torch.optim.AdamW, Config]:
     model, config = golden.model(), golden.settings()
-    return model, build_optimizer(VITACLIP.param_groups(model, config), config.optim), config
+    return model, build_optimizer(METHOD.param_groups(model, config), config.optim), config
 
 
 def _set_rate(optimizer: torch.optim.AdamW, config: Config, step: int, length: int) -> float:
