@@ -19,7 +19,7 @@ $(STAMP): setup.py constraints.txt
 	@echo "Installing into $(VENV): some minutes the first time, and 10 GB of free disk."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check \
-	    -c constraints.txt -e '.[test,monitor]'
+	    -c constraints.txt -e '.[test,monitor,torchcodec]'
 	@touch $@
 
 demo: $(STAMP)

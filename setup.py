@@ -38,8 +38,7 @@ setup(
         "torchvision>=0.26",
         "numpy>=2.0",
         "pillow>=13",  # resizes the rows of tall frames first, as cut_crops does
-        "av>=18",  # prober, fallback decoder, and the encoder of the demo clips
-        "torchcodec>=0.17",  # the fast CPU decoder; needs the system's FFmpeg libraries
+        "av>=18",  # prober, decoder on CPUs, and the encoder of the demo clips
         "open_clip_torch>=3.3",  # tokenizer, text towers, pretrained weights
         "deepspeed>=0.19.8,<0.20",
         "safetensors>=0.5",
@@ -64,6 +63,8 @@ setup(
             "types-PyYAML",
             "transformers>=4.57",  # XCLIPModel, the reference of the X-CLIP port
         ],
+        # A second decoder, on request (docs/decisions/0001); needs the system's FFmpeg libraries.
+        "torchcodec": ["torchcodec>=0.17"],
         "monitor": ["tensorboard>=2.18"],
     },
     entry_points={"console_scripts": ["kineticlip=kineticlip.__main__:main"]},

@@ -36,8 +36,9 @@ from numpy.typing import NDArray
 from kernel_results import keep
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.machine import machine_record, software_record
-from kineticlip.video import open_video
+from kineticlip.video import open_video, torchcodec
 from kineticlip.video.batch_reader import make_stream_decoder
+from kineticlip.video.container import Unsuitable
 from kineticlip.video.trim import Trimmed, trim
 
 FRAMES = 300
@@ -99,6 +100,15 @@ def sequential(path: Path, numbers: list[int]) -> list[NDArray[np.uint8]]:
     return found
 
 
+def missing_torchcodec() -> str:
+    """Why torchcodec cannot decode here; "" where it can."""
+    try:
+        torchcodec.load()
+    except Unsuitable as error:
+        return str(error)
+    return ""
+
+
 def runs(
     path: Path, numbers: list[int], options: argparse.Namespace, open_decoders: ExitStack
 ) -> Iterator[tuple[str, Run | str]]:
@@ -117,8 +127,7 @@ def runs(
 
     yield BASELINE, partial(pooled, partial(sequential, numbers=numbers))
     yield "pyav cpu", partial(pooled, partial(on_cpu, "pyav"))
-    missing = " ".join(open_video(path, decoder="torchcodec").notes)
-    yield "torchcodec cpu", missing or partial(pooled, partial(on_cpu, "torchcodec"))
+    yield "torchcodec cpu", missing_torchcodec() or partial(pooled, partial(on_cpu, "torchcodec"))
     if not options.device.startswith("cuda"):
         return
     whole = replace(trim(path, range(FRAMES)), positions=tuple(numbers))

@@ -77,7 +77,7 @@ def vitaclip_counts(arch: str, frames: int) -> dict[str, Any]:
         prompts = VisionPrompts(shape, frames=frames, attention="reference").requires_grad_(False)
         pixels = torch.empty(frames, 3, side, side)
         with FlopCounterMode(display=False) as plain:
-            _plain_clips(visual, prompts, pixels[None])
+            plain_clips(visual, prompts, pixels[None])
         with FlopCounterMode(display=False) as lean:
             visual(pixels, sources=prompts, offset=prompts.offset(1, frames), pool=frames)
     parts = clip_cost(VitaConfig(), shape, frames)
@@ -128,14 +128,14 @@ def _video(frames: int, side: int, seed: int) -> VideoViews:
 def _plain_scores(model: VitaCLIP, videos: list[VideoViews], chunk: int) -> Tensor:
     scores = []
     for video in videos:
-        text = F.normalize(_plain_text(model), dim=-1)
-        clips = [_plain_clips(model.visual, model.prompts, clip[None]) for clip in video.clips()]
+        text = F.normalize(plain_text(model), dim=-1)
+        clips = [plain_clips(model.visual, model.prompts, clip[None]) for clip in video.clips()]
         views = F.normalize(torch.cat(clips), dim=-1)
         scores.append((model.logit_scale.exp() * views @ text.T).softmax(dim=-1).mean(dim=0))
     return torch.stack(scores)
 
 
-def _plain_text(model: VitaCLIP) -> Tensor:
+def plain_text(model: VitaCLIP) -> Tensor:
     """All 77 positions of all prompts. -> [C, E]."""
     tower: Any = model
     learner = tower.prompt_learner
@@ -148,7 +148,7 @@ def _plain_text(model: VitaCLIP) -> Tensor:
     return features
 
 
-def _plain_clips(visual: Any, prompts: Any, clips: Tensor) -> Tensor:
+def plain_clips(visual: Any, prompts: Any, clips: Tensor) -> Tensor:
     """Clips [B, T, 3, S, S] through blocks over [class, local, global, patches, summary]."""
     images, heads, frames = clips.flatten(0, 1), visual.shape.heads, prompts.frames
     x = visual.embed(images) + prompts.time_embed.repeat(len(clips), 1)[:, None]

@@ -1,4 +1,4 @@
-"""What several test files need: the optional folder of real videos, checkpoint files."""
+"""What several test files need: the bare machine, real videos, checkpoint files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import bare
+import needs
+
+if bare.asked_for():
+    bare.hide()
 if not torch.cuda.is_available():
     # Before anything imports triton: without a GPU its kernels run in the CPU interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,6 +23,23 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", type=int, default=200, help="videos of the memory test (200)")
+    parser.addoption(
+        "--bare", action="store_true", help="hide torchcodec, compilers, ffmpeg, chromium and GPUs"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("bare") and not bare.is_hidden():
+        raise pytest.UsageError("--bare: has to stand on the command line or in PYTEST_ADDOPTS")
+    for name, why_not in needs.NEEDS.items():
+        config.addinivalue_line("markers", f"{name}: skips where {why_not.__name__} is not there")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name, why_not in needs.NEEDS.items():
+            if item.get_closest_marker(name) and (reason := why_not()):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

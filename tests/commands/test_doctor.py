@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from kineticlip.__main__ import main
 from kineticlip.commands import doctor
+from kineticlip.commands.doctor.parts import PARTS
+from kineticlip.video import dali, torchcodec
 from kineticlip_kernels.dispatch import choose, recorded_choices
 from kineticlip_kernels.examples import Example, examples
 
@@ -29,11 +34,14 @@ def test_json_names_every_op_its_face_and_the_reasons(capsys: pytest.CaptureFixt
     assert all(op["passed"] is None for op in document["ops"] if not op["checked"])
     assert document["software"]["torch"] == torch.__version__.partition("+")[0]
     assert {decoder["name"] for decoder in document["decoders"]} == {"pyav", "torchcodec", "dali"}
+    assert document["verdict"].startswith(f"works: all {len(ops)} ops on cpu")
+    assert all(part["present"] != bool(part["reason"]) for part in document["parts"])
 
 
 def test_text_says_a_shared_reason_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cpu", "--precision", "fp32"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("works: ") and not lines[1]
     (line,) = [line for line in lines if line.startswith("  add_layer_norm ")]
     assert line.split(maxsplit=2)[2] == "x, weight, bias: on cpu"
 
@@ -49,8 +57,55 @@ def test_a_wrong_op_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kineticlip_kernels.examples.examples", made)
     args = SimpleNamespace(device="cpu", precision="fp32", json=False)
     assert doctor.run(args) == 1
-    (op,) = doctor.examine("cpu", "fp32")["ops"]
+    document = doctor.examine("cpu", "fp32")
+    (op,) = document["ops"]
     assert op["checked"] == ["output 0: error 1, allowed 1e-06: FAILED"]
+    assert document["verdict"] == "FAILED: wrong: beyond the tolerance on cpu"
+
+
+def test_missing_parts_are_said_with_what_they_add_and_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of a bare machine, and all that can be left uninstalled."""
+    find = importlib.util.find_spec
+    absent = ("torchcodec", "nvidia", "triton", "xformers", "tensorboard")
+    for name in [name for name in sys.modules if name.partition(".")[0] in absent[:2]]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in absent[:2]:
+        monkeypatch.setitem(sys.modules, name, None)
+    torchcodec.load.cache_clear()
+    dali.load.cache_clear()
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    monkeypatch.setattr("kineticlip_kernels.examples.examples", lambda *_: {})
+    with inductor.patch({"cpp.cxx": "no-such-compiler"}):
+        assert main(["doctor", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    verdict, *rest = out.splitlines()
+    names = [part.name for part in PARTS]
+    assert verdict == f"works: all 0 ops on cpu; optional parts missing: {', '.join(names)}"
+    block = rest[rest.index("optional parts that are missing:") + 1 :][: 2 * len(names)]
+    for part, adds, reason in zip(PARTS, block[::2], block[1::2], strict=True):
+        assert adds.split("adds ") == [f"  {part.name:<13} ", part.adds]
+        assert "install" in reason and reason.startswith(" " * 16)
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.needs_torchcodec
+def test_parts_that_are_there_are_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cpu"]) == 0
+    block = capsys.readouterr().out.partition("optional parts")[2]
+    assert "torchcodec" not in block and "C++ compiler" not in block
+
+
+def test_without_pyav_nothing_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kineticlip_kernels.examples.examples", lambda *_: {})
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert main(["doctor", "--device", "cpu"]) == 1
+    assert capsys.readouterr().out.startswith("FAILED: pyav: import of av halted")
 
 
 @pytest.mark.parametrize("device", ["cuda", "tpu"])

@@ -28,7 +28,7 @@ from kineticlip.models.weights import Weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-from methods_vitaclip import _plain_clips, _plain_text
+from methods_vitaclip import plain_clips, plain_text
 
 Part = Callable[[Golden], Iterator[Check]]
 
@@ -59,8 +59,8 @@ def official(model: VitaCLIP) -> dict[str, Tensor]:
 
 def plain_step(model: Any, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(features, logits, loss) by the straightforward formulas."""
-    features = _plain_clips(model.visual, model.prompts, clips)
-    text = F.normalize(_plain_text(model), dim=-1)
+    features = plain_clips(model.visual, model.prompts, clips)
+    text = F.normalize(plain_text(model), dim=-1)
     logits = model.logit_scale.exp() * F.normalize(features, dim=-1) @ text.T
     return features, logits, F.cross_entropy(logits, labels)
 
@@ -107,7 +107,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Golden:
         {f"s1l1g1.{name}": tensor.detach().clone() for name, tensor in outputs.items()},
         folder / "vision_variants.safetensors",
     )
-    text = {"ctx": context, "text_features": _plain_text(model), "logits": logits[:2]}
+    text = {"ctx": context, "text_features": plain_text(model), "logits": logits[:2]}
     save_file(
         {f"csc_end.{name}": tensor.detach().clone() for name, tensor in text.items()},
         folder / "text_variants.safetensors",

@@ -15,7 +15,7 @@ from kineticlip.data.device_loader import NO_ROOM, DeviceLoader, why_not_on_devi
 from kineticlip.data.entries import Entry
 from kineticlip.data.loader import TestLoader
 from kineticlip.video import VideoError
-from kineticlip.video.batch_reader import Decoded, Request
+from kineticlip.video.batch_reader import BatchReader, Decoded, Request
 
 CPU = torch.device("cpu")
 SETTINGS = ["data.resolution=48", "data.num_frames=3", "test.clips=2", "test.crops=3"]
@@ -73,14 +73,14 @@ def test_out_of_memory_no_video_is_lost(
     """A device with room for the frames of `room` videos at a time."""
     config = load_config(None, SETTINGS)
     loader = DeviceLoader(entries, config, device=CPU)
-    read = loader._reader.read
+    read = BatchReader.read
 
-    def tight(requests: Sequence[Request]) -> list[Decoded | VideoError]:
+    def tight(reader: BatchReader, requests: Sequence[Request]) -> list[Decoded | VideoError]:
         if len(requests) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(requests)
+        return read(reader, requests)
 
-    monkeypatch.setattr(loader._reader, "read", tight)
+    monkeypatch.setattr(BatchReader, "read", tight)
     there, here = list(loader), list(TestLoader(entries, config))
     assert len(there) == len(here)
     for a, b in zip(there, here, strict=True):

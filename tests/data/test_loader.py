@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -307,22 +306,26 @@ def test_leaving_a_loop_early_ends_its_threads(clips: list[Entry]) -> None:
 
 
 def test_only_so_many_results_wait() -> None:
-    started: list[int] = []
-    lock = threading.Lock()
+    """Tasks are drawn when their results may wait; every third ends after the one behind it."""
+    done = [threading.Event() for _ in range(50)]
+    drawn = []
 
     def task(number: int) -> int:
-        with lock:
-            started.append(number)
-        time.sleep(0.002 * (number % 3))
+        if number % 3 == 0 and number + 1 < len(done):
+            assert done[number + 1].wait(timeout=60)
+        done[number].set()
         return number
 
-    results = run_ahead((partial(task, number) for number in range(50)), workers=4, ahead=6)
+    def tasks() -> Iterator[Callable[[], int]]:
+        for number in range(len(done)):
+            drawn.append(number)
+            yield partial(task, number)
+
     got = []
-    for result in results:
+    for result in run_ahead(tasks(), workers=4, ahead=6):
         got.append(result)
-        time.sleep(0.002)
-        assert len(started) <= len(got) + 6
-    assert got == list(range(50)) == sorted(started)
+        assert len(drawn) == min(len(got) + 6, len(done))
+    assert got == list(range(len(done))) == drawn
     assert not loader_threads()
 
 

@@ -158,7 +158,7 @@ def test_a_compiled_int8_tower_says_the_same() -> None:
 def test_only_long_int8_runs_compile(
     pairs: tuple[str, ...], images: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "_compiler", lambda: True)
+    monkeypatch.setattr(inference, "why_no_compiler", lambda: "")
     monkeypatch.setattr(inference, "_PROBES", {})
     monkeypatch.setattr(inference, "_rate", lambda *_: 1.0)
     config = load_config(None, [*TINY, "eval.precision=int8", *pairs])
@@ -272,7 +272,8 @@ def test_only_long_runs_with_free_shapes_are_probed(
     assert "layers packed by oneDNN" in notes
 
 
-def test_compilation_is_for_towers_of_single_images() -> None:
+def test_compilation_is_for_towers_of_single_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "why_no_compiler", lambda: "")
     pairs = ["eval.compile=always", "text4vis.temporal_module=tokenshift"]
     config = load_config(None, [*TINY, *pairs])
     model = prepare(METHODS["text4vis"].build(config, NAMES), "bf16", CPU)
@@ -284,3 +285,17 @@ def test_compilation_is_for_towers_of_single_images() -> None:
     model = prepare(METHODS["text4vis"].build(config, NAMES), "bf16", CPU)
     _, notes = make_steady(model, config, device=CPU, chunk=6, images=10)  # compiles when called
     assert isinstance(model.visual, SteadyTower) and "compiled by Inductor" in notes
+
+
+def test_compilation_without_a_compiler_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load_config(None, [*TINY, "eval.compile=always"])
+    model = prepare(METHODS["text4vis"].build(config, NAMES), "bf16", CPU)
+    with inductor.patch({"cpp.cxx": "no-such-compiler"}):  # searched for once, and cached by name
+        message = r"eval.compile=always: no C\+\+ compiler: install the package g\+\+, or take"
+        with pytest.raises(UserError, match=message):
+            make_steady(model, config, device=CPU, chunk=6, images=10)
+    headers = {"include": "/nowhere"}
+    monkeypatch.setattr("kineticlip.runtime.compiler.get_path", headers.__getitem__)
+    assert "no Python.h in /nowhere" in why_no_compiler() or shutil.which("g++") is None

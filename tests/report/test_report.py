@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import needs
 from kineticlip.__main__ import main
 from kineticlip.evaluation import metrics
 from kineticlip.evaluation.results import read_results
@@ -386,7 +387,6 @@ def test_cosines_of_text_and_orthogonal_rows() -> None:
     assert np.isfinite(report_data.cosines_of(np.zeros((2, 3), dtype=np.float32))).all()
 
 
-CHROMIUM = shutil.which("chromium")
 PROBE = """<script>
 const head = document.querySelector("table.sortable thead button");
 head.click();
@@ -399,7 +399,7 @@ document.title = JSON.stringify({
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.needs_chromium
 def test_script_works_in_a_browser(folder: Path, tmp_path: Path) -> None:
     text = report.render([read_results(folder)])
     pages = {"as_it_is": text, "probed": re.sub("<meta http-equiv[^>]*>", "", text) + PROBE}
@@ -409,7 +409,7 @@ def test_script_works_in_a_browser(folder: Path, tmp_path: Path) -> None:
         path.write_text(content, encoding="utf-8")
         doms[name] = subprocess.run(
             [
-                str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+                needs.browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
                 "--no-first-run", "--disable-background-networking", "--disable-component-update",
                 "--disable-sync", f"--user-data-dir={tmp_path / name}", "--window-size=500,900",
                 "--dump-dom", path.as_uri(),

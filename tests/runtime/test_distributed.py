@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -105,15 +104,15 @@ def test_one_process_needs_no_launcher() -> None:
 def test_a_process_ends_with_the_one_that_started_it() -> None:
     watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     code = (
-        "import time\nfrom kineticlip.runtime.distributed import end_with\n"
-        f"end_with({watched.pid}, poll_seconds=0.05)\nprint('ready', flush=True)\ntime.sleep(60)"
+        "import signal\nfrom kineticlip.runtime.distributed import end_with\n"
+        f"end_with({watched.pid}, poll_seconds=0.05)\nprint('ready', flush=True)\nsignal.pause()"
     )
     watcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert watcher.stdout is not None
         assert watcher.stdout.readline() == "ready\n"
-        time.sleep(0.2)
-        assert watcher.poll() is None  # while the other lives, so does this one
+        with pytest.raises(subprocess.TimeoutExpired):  # while the other lives, so does this one
+            watcher.wait(timeout=0.2)
         watched.kill()  # and nobody reaps it yet
         assert watcher.wait(timeout=10) == 1
     finally:

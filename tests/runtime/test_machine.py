@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
+import torch
 
 from kineticlip.runtime.machine import machine_record, software_record, time_calls
 
@@ -20,15 +20,21 @@ def test_records_are_plain_and_complete() -> None:
     assert software["commit"] is None or len(software["commit"]) == 40
 
 
-def test_time_calls_counts_milliseconds_and_calls() -> None:
-    calls = []
+def test_time_calls_counts_milliseconds_and_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that says what each call took; a GPU's events are another clock."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    clock, calls = [0.0], []
+    seconds = iter((9, 9, 0.002, 0.003, 0.001, 0.005, 0.004))  # two calls warm up
 
     def call() -> None:
-        calls.append(time.sleep(0.002))
+        calls.append(None)
+        clock[0] += next(seconds)
 
+    monkeypatch.setattr("kineticlip.runtime.machine.time.perf_counter", lambda: clock[0])
     timing = time_calls(call, warmup=2, repeats=5)
-    assert len(calls) == 7
-    assert timing.calls == 5
-    assert 2.0 <= timing.p20 <= timing.p50 <= timing.p80 < 500
+    monkeypatch.undo()
+    assert len(calls) == 7 and timing.calls == 5
+    found = (timing.least, timing.p20, timing.p50, timing.p80)
+    assert found == pytest.approx((1.0, 2.0, 3.0, 5.0))
     with pytest.raises(ValueError, match="at least 1"):
         time_calls(call, repeats=0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from kineticlip.video.batch_reader import (
 )
 from kineticlip.video.container import Unsuitable
 from kineticlip.video.dali import DaliDecoder
-from kineticlip.video.trim import trim
+from kineticlip.video.trim import Trimmed, trim
 
 Clip = Callable[[str], Path]
 HOPPER, ADA = (9, 0), (8, 9)
@@ -64,6 +65,7 @@ def test_dali_names_the_bad_stream_and_keeps_the_others(clip: Clip, dali: DaliDe
     assert isinstance(found[2], Unsuitable) and "Failed to create video decoder" in str(found[2])
 
 
+@pytest.mark.needs_torchcodec
 def test_torchcodec_keeps_the_same_contract(clip: Clip) -> None:
     decoder = TorchcodecDecoder(num_threads=2, device="cpu")
     good = trim(clip("h264"), [5, 17, 30])
@@ -93,7 +95,6 @@ def test_what_the_decoder_lacks_goes_to_the_cpu(
     """The GPU's routing with DALI on the CPU in its place: VP9 goes through, H.264 comes back."""
     decoder = DaliDecoder(batch=2, num_threads=2, device_id=None)
     monkeypatch.setattr(module, "make_stream_decoder", lambda *_, **__: (decoder, "a test"))
-    monkeypatch.setattr(module, "_capability", lambda _: HOPPER)
     monkeypatch.setitem(module.SMALLEST, "vp9", (16, 16))  # the clip is below NVDEC's size
     names = ["vp9", "h264", "mpeg2", "h264_10bit", "vp9", "h264_turned", "vp9"]
     with BatchReader(device="cpu", batch=2, num_threads=2) as reader:
@@ -113,6 +114,7 @@ def test_what_the_decoder_lacks_goes_to_the_cpu(
     assert "yuv420p10le is left to the CPU" in notes["h264_10bit"]
 
 
+@pytest.mark.needs_torchcodec
 def test_frames_of_a_turned_video_are_turned_on_the_device(
     clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +204,26 @@ def test_runs_keep_one_size_together_and_stay_small(
 ) -> None:
     small, odd = open_video(clip("h264")), open_video(clip("h264_odd"))
     requests = [Request(video=video, numbers=(0, 1)) for video in (small, odd) * 3]
-    assert list(module._runs(requests, 3)) == [[0, 2, 4], [1, 3, 5]]
-    monkeypatch.setattr(module, "RUN_BYTES", 2 * 2 * 144 * 96 * 3)
-    assert [len(run) for run in module._runs(requests, 3)] == [2, 1, 1, 1, 1]
+    names = {trim(clip(name), (0, 1)).data: name for name in ("h264", "h264_odd")}
+    runs: list[list[str]] = []
+
+    class Recorder:
+        """Decodes nothing, and notes whose streams a run holds."""
+
+        name = "torchcodec"
+
+        def decode(self, streams: Sequence[Trimmed]) -> list[Any]:
+            runs.append([names[stream.data] for stream in streams])
+            return [Unsuitable("a test")] * len(streams)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(module, "make_stream_decoder", lambda *_, **__: (Recorder(), "a test"))
+    with BatchReader(device="cpu", batch=3, num_threads=2) as reader:
+        reader.read(requests)
+        assert runs == [["h264"] * 3, ["h264_odd"] * 3]
+        runs.clear()
+        monkeypatch.setattr(module, "RUN_BYTES", 2 * 2 * 144 * 96 * 3)
+        reader.read(requests)
+    assert [len(run) for run in runs] == [2, 1, 1, 1, 1]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import io
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -15,28 +17,29 @@ import pytest
 from video_clips import RECIPES, Recipe, number_of, picture, read_plainly, write_clip
 
 from kineticlip.runtime.errors import UserError
-from kineticlip.video import VideoError, open_video, probe
+from kineticlip.video import VideoError, open_video, probe, torchcodec
 from kineticlip.video.trim import trim
 
 Clip = Callable[[str], Path]
 IN_SEQUENCE = {"h264_ts", "h264_avi", "mpeg4_bframes", "mpeg2"}
 TORCHCODEC = set(RECIPES) - IN_SEQUENCE - {"h264_10bit", "h264_444", "mjpeg"}
+OPTIONAL = pytest.param("torchcodec", marks=pytest.mark.needs_torchcodec)
 
 
+@pytest.mark.parametrize("decoder", ["auto", "pyav", OPTIONAL])
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_decoder_equals_a_plain_read(clip: Clip, name: str) -> None:
+def test_every_decoder_equals_a_plain_read(clip: Clip, name: str, decoder: str) -> None:
     path = clip(name)
     count, plain = read_plainly(path)
     if not RECIPES[name].rotation:  # the plain read itself is in order
         assert [number_of(plain[number]) for number in range(count)] == list(range(count))
     scattered = [count - 1, 0, 23, 23, 7, 8, 30]
-    for decoder in ("auto", "pyav", "torchcodec"):
-        video = open_video(path, decoder=decoder)
-        assert (video.num_frames, video.height, video.width) == (count, *plain[0].shape[:2])
-        for numbers in (scattered, [0], [count - 1], [13], list(range(count))):
-            frames = video.read(numbers)
-            assert frames.dtype == np.uint8 and frames.flags["C_CONTIGUOUS"]
-            np.testing.assert_array_equal(frames, np.stack([plain[n] for n in numbers]))
+    video = open_video(path, decoder=decoder)
+    assert (video.num_frames, video.height, video.width) == (count, *plain[0].shape[:2])
+    for numbers in (scattered, [0], [count - 1], [13], list(range(count))):
+        frames = video.read(numbers)
+        assert frames.dtype == np.uint8 and frames.flags["C_CONTIGUOUS"]
+        np.testing.assert_array_equal(frames, np.stack([plain[n] for n in numbers]))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -47,6 +50,11 @@ def test_the_way_of_reading_is_recorded(clip: Clip, name: str) -> None:
     automatic = open_video(clip(name))
     assert automatic.decoder == "pyav"
     assert bool(automatic.notes) == (name in IN_SEQUENCE)
+
+
+@pytest.mark.needs_torchcodec
+@pytest.mark.parametrize("name", RECIPES)
+def test_torchcodec_reads_what_it_reads_exactly(clip: Clip, name: str) -> None:
     named = open_video(clip(name), decoder="torchcodec")
     assert named.decoder == ("torchcodec" if name in TORCHCODEC else "pyav")
     assert bool(named.notes) == (name not in TORCHCODEC)
@@ -62,7 +70,10 @@ def test_probe_tells_what_the_file_is(clip: Clip) -> None:
     assert probe(clip("h264_open")).keyframes == 1  # an open group is no place to start
 
 
-def test_frames_that_an_edit_list_hides_are_not_counted(clip: Clip, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoder", ["auto", OPTIONAL])
+def test_frames_that_an_edit_list_hides_are_not_counted(
+    clip: Clip, tmp_path: Path, decoder: str
+) -> None:
     """The packets from the second group on, the first five frames before time zero."""
     path = tmp_path / "cut.mp4"
     with av.open(str(clip("h264"))) as source, av.open(str(path), "w") as target:
@@ -76,14 +87,14 @@ def test_frames_that_an_edit_list_hides_are_not_counted(clip: Clip, tmp_path: Pa
             target.mux_one(packet)
     count, plain = read_plainly(path)
     assert number_of(plain[0]) == 17
-    for decoder in ("auto", "torchcodec"):
-        video = open_video(path, decoder=decoder)
-        assert video.num_frames == count == 23
-        assert [number_of(frame) for frame in video.read([0, 22, 9])] == [17, 39, 26]
+    video = open_video(path, decoder=decoder)
+    assert video.num_frames == count == 23
+    assert [number_of(frame) for frame in video.read([0, 22, 9])] == [17, 39, 26]
 
 
+@pytest.mark.parametrize("decoder", ["auto", OPTIONAL])
 def test_decoding_times_posing_as_presentation_times_are_not_believed(
-    clip: Clip, tmp_path: Path
+    clip: Clip, tmp_path: Path, decoder: str
 ) -> None:
     """H.264 with B-frames copied out of an AVI."""
     path = tmp_path / "copied.mkv"
@@ -95,7 +106,7 @@ def test_decoding_times_posing_as_presentation_times_are_not_believed(
                 packet.pts = packet.dts
                 packet.stream = copy
                 target.mux_one(packet)
-    video = open_video(path, decoder="torchcodec")
+    video = open_video(path, decoder=decoder)
     assert not video.probe.in_time_order
     assert video.decoder == "pyav" and "time stamps" in " ".join(video.notes)
     assert [number_of(frame) for frame in video.read(range(40))] == list(range(40))
@@ -152,20 +163,23 @@ def test_wrong_numbers_and_names_are_the_callers_mistakes(clip: Clip) -> None:
         open_video(clip("h264"), decoder="torchcodek")
 
 
-def test_a_missing_torchcodec_is_said_and_not_fatal(
-    clip: Clip, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "install"),
+    [
+        (None, r"is not installed: pip install 'kineticlip\[torchcodec\]'"),
+        (SimpleNamespace(ffmpeg_major_version=None), "no FFmpeg libraries: install .* ffmpeg"),
+    ],
+)
+def test_a_missing_torchcodec_is_an_error_that_says_what_to_install(
+    module: object, install: str, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torchcodec
-
-    import kineticlip.video.torchcodec as reader
-
-    reader.load.cache_clear()
-    monkeypatch.setattr(torchcodec, "ffmpeg_major_version", None)
-    video = open_video(clip("h264"), decoder="torchcodec")
-    reader.load.cache_clear()
-    assert video.decoder == "pyav"
-    assert "no FFmpeg libraries" in video.notes[0]
-    assert number_of(video.read([29])[0]) == 29
+    """For every file alike: one that torchcodec would leave to PyAV says nothing else."""
+    monkeypatch.setitem(sys.modules, "torchcodec", module)  # None: as where it is not installed
+    torchcodec.load.cache_clear()
+    for name in ("h264", "mpeg2"):
+        with pytest.raises(UserError, match=rf"decoder 'torchcodec': .*{install}.*'auto'"):
+            open_video(clip(name), decoder="torchcodec")
+    assert open_video(clip("h264")).decoder == "pyav"
 
 
 def test_a_decoder_that_contradicts_the_packets_gives_way(

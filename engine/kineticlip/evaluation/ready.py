@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +15,7 @@ from kineticlip.models.fp8 import quantize_tower
 from kineticlip.models.packed import ByteLinear, PackedLinear, compile_bytes, pack_tower
 from kineticlip.models.steady import compiled, graphed
 from kineticlip.models.vision import VisionTransformer
+from kineticlip.runtime.compiler import why_no_compiler
 from kineticlip.runtime.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,6 +33,8 @@ def make_steady(
     which cost no compilation; always compiles for either; never does neither. int8 has its
     quantisation compiled: by `always`, and by `auto` in runs that are long enough to earn it back.
     """
+    if config.eval.compile == "always" and (reason := why_no_compiler()):
+        raise UserError(f"eval.compile=always: {reason}, or take eval.compile=never")
     tower = model.get_submodule("visual")
     notes = [f"{config.eval.precision} on {device.type}"]
     # Methods that reach into the tower, or show it whole clips, would not use the result.
@@ -53,7 +54,10 @@ def make_steady(
         notes.append("layers packed by oneDNN")
     if config.eval.precision == "int8":
         if config.eval.compile == "always" or (
-            config.eval.compile == "auto" and not fixed and images >= COMPILED_FROM and _compiler()
+            config.eval.compile == "auto"
+            and not fixed
+            and images >= COMPILED_FROM
+            and not why_no_compiler()
         ):
             compile_bytes(tower)
             notes.append("quantisation compiled by Inductor")
@@ -74,18 +78,6 @@ def make_steady(
             torch.cuda.empty_cache()
             notes.append(f"no CUDA graph: {chunk} images do not fit beside it")
     return chunk, notes
-
-
-def _compiler() -> bool:
-    """Whether Inductor finds the C++ compiler and the Python headers that it needs for a CPU."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return False
-    return Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,8 @@ def open_video(
 
     decoder: "auto", or one by name; a named one that cannot return this file's frames to the bit
     gives way to PyAV, and the source's notes say why. cache: probes of earlier runs.
-    Raises VideoError where the file cannot be read, UserError for an unknown decoder.
+    Raises VideoError where the file cannot be read, UserError for an unknown decoder, and for
+    torchcodec where it is not there.
     """
     if decoder not in DECODERS:
         raise UserError(f"unknown decoder {decoder!r}. {did_you_mean(decoder, DECODERS)}")

@@ -1,4 +1,4 @@
-"""Frames by torchcodec, from trimmed streams; it uses the system's FFmpeg libraries.
+"""Frames by torchcodec, from trimmed streams; an extra, which uses the system's FFmpeg libraries.
 
 torchcodec does not tell which pictures its decoder marks as damaged (PyAV does, and such a file is
 read in sequence then): of a damaged file it may show other concealment than a sequential decode.
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from kineticlip.runtime.errors import UserError
 from kineticlip.video.container import Unsuitable
 from kineticlip.video.pictures import Frames, upright
 from kineticlip.video.probe import Probe, Scan
@@ -32,28 +33,41 @@ _opens = itertools.count(1)
 
 @functools.lru_cache(maxsize=1)
 def load() -> Any:
-    """The torchcodec.decoders module. Raises Unsuitable where it cannot decode on this machine."""
+    """The torchcodec.decoders module.
+
+    Raises Unsuitable where it cannot decode on this machine, saying what to install.
+    """
     try:
         import torchcodec
+    except ModuleNotFoundError as error:
+        if error.name != "torchcodec":
+            raise
+        raise Unsuitable(
+            "torchcodec is not installed: pip install 'kineticlip[torchcodec]', and the package "
+            "ffmpeg for its libraries"
+        ) from None
     except (ImportError, OSError, RuntimeError) as error:
         raise Unsuitable(f"torchcodec cannot be imported: {str(error).splitlines()[0]}") from None
     if torchcodec.ffmpeg_major_version is None:
-        raise Unsuitable("torchcodec finds no FFmpeg libraries (install the package ffmpeg)")
+        raise Unsuitable("torchcodec finds no FFmpeg libraries: install the package ffmpeg")
     return torchcodec.decoders
 
 
 def why_not(probe: Probe) -> str:
-    """Why torchcodec would not return this file's frames to the bit; "" where it does."""
+    """Why torchcodec would not return this file's frames to the bit; "" where it does.
+
+    Raises UserError where no file could be decoded, for want of torchcodec or FFmpeg's libraries.
+    """
+    try:
+        load()
+    except Unsuitable as error:
+        raise UserError(f"decoder 'torchcodec': {error}; or take 'auto'") from None
     if probe.why_in_sequence:
         return "its frames cannot be picked by packets"
     if probe.codec not in CODECS:
         return f"{probe.codec} is not decoded to the bit alike by all FFmpeg versions"
     if probe.pixel_format not in PIXEL_FORMATS:
         return f"{probe.pixel_format} is not converted to RGB alike by all FFmpeg versions"
-    try:
-        load()
-    except Unsuitable as error:
-        return str(error)
     return ""
 
 

@@ -24,15 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     document = examine(args.device, args.precision)
     print(json.dumps(document) if args.json else _as_text(document))
-    return 1 if any(op["passed"] is False for op in document["ops"]) else 0
+    return 1 if _failures(document) else 0
 
 
 def examine(device_name: str, precision: str) -> dict[str, Any]:
     """Everything the command prints, as plain data; every op runs once."""
+    from kineticlip.commands.doctor.parts import examine_parts
     from kineticlip.runtime.machine import machine_record, software_record
 
     device = _device(device_name)
-    return {
+    document = {
         "device": str(device),
         "precision": precision,
         "machine": machine_record(),
@@ -40,7 +41,31 @@ def examine(device_name: str, precision: str) -> dict[str, Any]:
         "table": _table(device),
         "decoders": [_decoder(name, load) for name, load in DECODERS.items()],
         "ops": [_op(*item) for item in _examples(device, precision)],
+        "parts": examine_parts(),
     }
+    return {"verdict": _verdict(document), **document}
+
+
+def _verdict(document: dict[str, Any]) -> str:
+    """Whether what has to work does, in one line, and which optional parts are missing."""
+    failures = _failures(document)
+    if failures:
+        return f"FAILED: {'; '.join(failures)}"
+    missing = [part["name"] for part in document["parts"] if not part["present"]]
+    optional = f"; optional parts missing: {', '.join(missing)}" if missing else ""
+    return f"works: all {len(document['ops'])} ops on {document['device']}{optional}"
+
+
+def _failures(document: dict[str, Any]) -> list[str]:
+    """What has to work everywhere and does not."""
+    wrong = [op["op"] for op in document["ops"] if op["passed"] is False]
+    failures = []
+    if wrong:
+        failures.append(f"{', '.join(wrong)}: beyond the tolerance on {document['device']}")
+    for decoder in document["decoders"]:
+        if decoder["name"] == "pyav" and not decoder["usable"]:
+            failures.append(f"pyav: {decoder['reason']}")
+    return failures
 
 
 def _device(name: str) -> Any:
@@ -149,6 +174,8 @@ def _as_text(document: dict[str, Any]) -> str:
         if software[name]
     )
     lines = [
+        document["verdict"],
+        "",
         f"cpu        {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
         f"gpu        {gpus}",
         f"software   kineticlip {software['kineticlip']}",
@@ -162,11 +189,22 @@ def _as_text(document: dict[str, Any]) -> str:
         if decoder["usable"]:
             state = f"usable: {state}" if state else "usable"
         lines.append(f"decoder    {decoder['name']:<11} {state}")
+    lines += _missing_parts(document["parts"])
     lines.append(f"\nops on {document['device']} in {document['precision']}, impl auto:")
     for op in document["ops"]:
         verdict = "  FAILED: " + "; ".join(op["checked"]) if op["passed"] is False else ""
         lines.append(f"  {op['op']:<23} {op['face']:<10} {_reason(op)}{verdict}".rstrip())
     return "\n".join(lines)
+
+
+def _missing_parts(parts: list[dict[str, Any]]) -> list[str]:
+    """A block that says of each missing part what it would add, and how to get it."""
+    missing = [part for part in parts if not part["present"]]
+    lines = ["", "optional parts that are missing:"] if missing else []
+    for part in missing:
+        lines.append(f"  {part['name']:<13} adds {part['adds']}")
+        lines.append(f"  {'':<13} {part['reason']}")
+    return lines
 
 
 def _reason(op: dict[str, Any]) -> str:
