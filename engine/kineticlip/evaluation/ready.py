@@ -34,7 +34,7 @@ def make_steady(
     quantisation compiled: by `always`, and by `auto` in runs that are long enough to earn it back.
     """
     if config.eval.compile == "always" and (reason := why_no_compiler()):
-        raise UserError(f"eval.compile=always: {reason}, or take eval.compile=never")
+        raise UserError(f"eval.compile=always: {reason}; or take eval.compile=never")
     tower = model.get_submodule("visual")
     notes = [f"{config.eval.precision} on {device.type}"]
     # Methods that reach into the tower, or show it whole clips, would not use the result.
