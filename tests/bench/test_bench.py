@@ -211,7 +211,7 @@ def test_gpu_script_refuses_a_machine_without_one() -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 2
     assert "no GPU here; ON_CPU=1" in done.stderr
