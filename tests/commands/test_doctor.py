@@ -79,7 +79,7 @@ def test_missing_parts_are_said_with_what_they_add_and_how_to_get_them(
         importlib.util, "find_spec", lambda name: None if name in absent else find(name)
     )
     monkeypatch.setattr("kineticlip_kernels.examples.examples", lambda *_: {})
-    with inductor.patch({"cpp.cxx": "no-such-compiler"}):
+    with inductor.patch({"cpp.cxx": "no-such-compiler"}):  # PATH is searched once, and not again
         assert main(["doctor", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     verdict, *rest = out.splitlines()
