@@ -209,6 +209,27 @@ def test_batches_hold_the_frames_of_a_plain_read(
     np.testing.assert_array_equal(found.frames.numpy(), np.stack([plain[n] for n in WANTED]))
 
 
+def test_real_files_come_through_uncropped_streams_unchanged(
+    shared: Path, shared_videos: Callable[[str], Path], in_place_of_the_gpu: PyavStreams
+) -> None:
+    names = sorted(path.name for path in (shared / "videos").iterdir() if path.suffix != ".tsv")
+    videos = [open_video(shared_videos(name)) for name in names]
+    ends = [(0, video.num_frames // 2, video.num_frames - 1) for video in videos]
+    requests = [
+        Request(video=video, numbers=tuple(sorted(set(numbers))))
+        for video, numbers in zip(videos, ends, strict=True)
+    ]
+    with BatchReader(device="cpu", num_threads=1) as reader:
+        results = reader.read(requests)
+    taken = 0
+    for request, found in zip(requests, results, strict=True):
+        assert isinstance(found, Decoded), request.video.path
+        expected = request.video.read(request.numbers)
+        np.testing.assert_array_equal(found.frames.numpy(), expected, request.video.path)
+        taken += found.decoder == in_place_of_the_gpu.name
+    assert taken == len(in_place_of_the_gpu.taken) > 15
+
+
 def through(source: Path, target: Path, filters: str, size: tuple[int, int]) -> Path:
     """A copy through one of FFmpeg's bit-stream filters, with another size in the container."""
     with av.open(str(source)) as container, av.open(str(target), "w") as output:
