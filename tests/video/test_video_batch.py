@@ -219,7 +219,10 @@ def test_runs_keep_one_size_together_and_stay_small(
 ) -> None:
     small, odd = open_video(clip("h264")), open_video(clip("h264_odd"))
     requests = [Request(video=video, numbers=(0, 1)) for video in (small, odd) * 3]
-    names = {trim(clip(name), (0, 1)).data: name for name in ("h264", "h264_odd")}
+    kinds = (("h264", small), ("h264_odd", odd))
+    names = {
+        trim(clip(name), (0, 1), shown=video.probe.stored_size).data: name for name, video in kinds
+    }
     runs: list[list[str]] = []
 
     class Recorder:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from video_clips import RECIPES, X264, Recipe, read_plainly, write_clip
 
 import kineticlip.video.batch_reader as module
-from kineticlip.video import open_video, remux, torchcodec
+from kineticlip.video import open_video, remux
 from kineticlip.video.batch_reader import BatchReader, Decoded, Request
 from kineticlip.video.container import Unsuitable, choose_stream, open_container
 from kineticlip.video.packets import read_packets
@@ -295,11 +295,8 @@ def test_codecs_without_cropping_are_written_as_they_are(clip: Clip, name: str) 
         np.testing.assert_array_equal(one.to_ndarray(), other.to_ndarray())
 
 
+@pytest.mark.needs_torchcodec
 def test_torchcodec_returns_the_window(made: Clip) -> None:
-    try:
-        torchcodec.load()
-    except Unsuitable as error:
-        pytest.skip(str(error))
     decoder = TorchcodecDecoder(num_threads=1, device="cpu")
     names = ("h264 340x256", "hevc odd")
     streams = [trim(made(n), WANTED, shown=probe(made(n)).stored_size) for n in names]

@@ -1,7 +1,7 @@
 """Videos rewritten once for fast reading: small H.264 with short closed groups, or JPEG folders.
 
 Frames keep their numbers: what was frame n is frame n. Rotation is applied, audio left out. A
-copy is made anew when its source or the settings have changed.
+copy is rewritten when its source or the settings have changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 
 from kineticlip.runtime.files import write_whole
 from kineticlip.video.container import VideoError, choose_stream, open_container
-from kineticlip.video.folder import TEMPLATE, image_size, list_frames, read_images
+from kineticlip.video.folder import TEMPLATE, image_size, list_images, read_images
 from kineticlip.video.pictures import to_rgb
 from kineticlip.video.probe import Probe, probe, sequential_decode
 
@@ -32,7 +32,7 @@ JPEG_QUALITY = 95
 FOLDER_RATE = Fraction(25)  # of image folders, which do not say theirs
 # A copy carries its origin: an MP4 in its comment, a folder in a file.
 MAKER, ORIGIN = "kineticlip copy", "origin.txt"
-VERSION = 1  # of the settings above; copies of another one are made anew
+VERSION = 1  # of the settings above; copies of another one are rewritten
 BT601, LIMITED_RANGE = 6, 1  # ITU-T H.273: MatrixCoefficients, and FFmpeg's AVCOL_RANGE_MPEG
 
 
@@ -129,7 +129,7 @@ class _Original:
     @classmethod
     def of(cls, path: str | Path, template: str) -> _Original:
         if os.path.isdir(path):
-            files = list_frames(path, template)
+            files = list_images(path, template)
             width, height = image_size(files[0])
             return cls(
                 width=width,
@@ -158,7 +158,7 @@ def _images(files: list[Path]) -> Iterator[tuple[int, Fraction, NDArray[np.uint8
 def _upright(
     path: str | Path, facts: Probe, rate: Fraction
 ) -> Iterator[tuple[int, Fraction, NDArray[np.uint8]]]:
-    """Times that lie are replaced by even ones."""
+    """Time stamps that do not increase are replaced by evenly spaced ones."""
     with open_container(path) as container:
         stream = choose_stream(container, path)
         for number, frame in sequential_decode(path, container, stream):
@@ -170,7 +170,7 @@ def _upright(
 
 
 def _origin(path: str | Path, side: int) -> str:
-    """What a copy of this source looks like; another text, and it is made anew."""
+    """What a copy of this source looks like; another text, and it is rewritten."""
     files = [Path(path)]
     if os.path.isdir(path):
         files = [Path(path), *Path(path).iterdir()]

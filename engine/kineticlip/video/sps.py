@@ -13,6 +13,8 @@ from kineticlip.video.nal import Bits, extradata_units, packet_units
 HIGH_PROFILES = (44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244)
 # Luma samples for one of chroma (horizontally, vertically), by chroma_format_idc.
 SUBSAMPLING = ((1, 1), (2, 2), (2, 1), (1, 1))
+# No SPS needs more up to its offsets; what claims to would take long to read bit by bit.
+LONGEST = 4096
 PROFILE_BITS, LEVEL_BITS = 88, 8  # of profile_tier_level() in HEVC
 
 
@@ -40,9 +42,9 @@ def coded_sizes(codec: str, extradata: bytes, packet: memoryview) -> set[CodedSi
     """
     units = [*extradata_units(codec, extradata), *packet_units(codec, extradata)(packet)]
     if codec == "h264":
-        return {_h264(Bits(bytes(unit[1:]))) for unit in units if unit and unit[0] & 31 == 7}
+        return {_h264(Bits(bytes(unit[1:LONGEST]))) for unit in units if unit and unit[0] & 31 == 7}
     return {
-        _hevc(Bits(bytes(unit[2:])))
+        _hevc(Bits(bytes(unit[2:LONGEST])))
         for unit in units
         if len(unit) > 2 and unit[0] == 33 << 1 and unit[1] >> 3 == 0  # type SPS, base layer
     }

@@ -1,7 +1,7 @@
-"""The few packets that a set of frames needs, and those packets as a small file in memory.
+"""Selects the packets that a set of frames needs, and makes a small file in memory of them.
 
 A decoder that cannot seek (DALI), or that reads a whole file to seek exactly (torchcodec), gets a
-stream that holds just the groups and pictures needed.
+stream that holds only the groups and pictures needed.
 """
 
 from __future__ import annotations
