@@ -37,8 +37,8 @@ from kernel_results import keep
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.machine import machine_record, software_record
 from kineticlip.video import open_video, torchcodec
-from kineticlip.video.batch_reader import make_stream_decoder
 from kineticlip.video.container import Unsuitable
+from kineticlip.video.stream_decoders import make_stream_decoder
 from kineticlip.video.trim import Trimmed, trim
 
 FRAMES = 300
@@ -130,7 +130,8 @@ def runs(
     yield "torchcodec cpu", missing_torchcodec() or partial(pooled, partial(on_cpu, "torchcodec"))
     if not options.device.startswith("cuda"):
         return
-    whole = replace(trim(path, range(FRAMES)), positions=tuple(numbers))
+    cut = partial(trim, shown=open_video(path).probe.stored_size)  # as the batch reader trims
+    whole = replace(cut(path, range(FRAMES)), positions=tuple(numbers))
     for name in ("dali", "torchcodec"):
         try:
             decoder, _ = make_stream_decoder(
@@ -146,7 +147,7 @@ def runs(
             if stream is not None:
                 return list(decoder.decode([stream] * options.videos))
             with ThreadPoolExecutor(options.threads) as pool:
-                return list(decoder.decode(list(pool.map(partial(trim, numbers=numbers), every))))
+                return list(decoder.decode(list(pool.map(partial(cut, numbers=numbers), every))))
 
         yield f"{name} gpu, whole", partial(streamed, whole)
         yield f"{name} gpu, trimmed", partial(streamed, None)

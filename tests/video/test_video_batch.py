@@ -15,17 +15,13 @@ from video_clips import number_of, read_plainly
 
 import kineticlip.video.batch_reader as module
 from kineticlip.runtime.errors import UserError
-from kineticlip.video import VideoError, open_video, probe
-from kineticlip.video.batch_reader import (
-    BatchReader,
-    Decoded,
-    Request,
-    TorchcodecDecoder,
-    make_stream_decoder,
-    why_not_on_gpu,
-)
+from kineticlip.video import VideoError, nvdec, open_video, stream_decoders
+from kineticlip.video.batch_reader import BatchReader, Decoded, Request
 from kineticlip.video.container import Unsuitable
 from kineticlip.video.dali import DaliDecoder
+from kineticlip.video.nvdec import why_not_on_gpu
+from kineticlip.video.probe import probe
+from kineticlip.video.stream_decoders import TorchcodecDecoder, make_stream_decoder
 from kineticlip.video.trim import Trimmed, trim
 
 Clip = Callable[[str], Path]
@@ -89,13 +85,32 @@ def test_a_cpu_batch_is_read_by_pyav(clip: Clip, tmp_path: Path) -> None:
         assert numbers_in(result.frames) == [2, 30] and result.decoder == "pyav"
 
 
+def test_a_decoder_may_not_leave_a_place_empty(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are told apart by their place: one left out would give its frames to another."""
+
+    class Forgetful:
+        name = "dali"
+
+        def decode(self, streams: Sequence[Trimmed]) -> list[torch.Tensor | None]:
+            return [None, *(torch.zeros(1, 96, 144, 3, dtype=torch.uint8) for _ in streams[1:])]
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(module, "make_stream_decoder", lambda *_, **__: (Forgetful(), "a test"))
+    with BatchReader(device="cpu", num_threads=2) as reader:
+        requests = [Request(video=open_video(clip("h264")), numbers=(5,))] * 2
+        with pytest.raises(AssertionError, match="dali gave neither frames nor a reason"):
+            reader.read(requests)
+
+
 def test_what_the_decoder_lacks_goes_to_the_cpu(
     clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU's routing with DALI on the CPU in its place: VP9 goes through, H.264 comes back."""
     decoder = DaliDecoder(batch=2, num_threads=2, device_id=None)
     monkeypatch.setattr(module, "make_stream_decoder", lambda *_, **__: (decoder, "a test"))
-    monkeypatch.setitem(module.SMALLEST, "vp9", (16, 16))  # the clip is below NVDEC's size
+    monkeypatch.setitem(nvdec.SMALLEST, "vp9", (16, 16))  # the clip is below NVDEC's size
     names = ["vp9", "h264", "mpeg2", "h264_10bit", "vp9", "h264_turned", "vp9"]
     with BatchReader(device="cpu", batch=2, num_threads=2) as reader:
         found = reader.read([Request(video=open_video(clip(n)), numbers=(1, 38)) for n in names])
@@ -189,8 +204,8 @@ def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(**_: object) -> None:
         raise Unsuitable("DALI cannot be imported: no such module")
 
-    monkeypatch.setattr(module, "DaliDecoder", missing)
-    monkeypatch.setattr(module, "TorchcodecDecoder", lambda **_: "made")
+    monkeypatch.setattr(stream_decoders, "DaliDecoder", missing)
+    monkeypatch.setattr(stream_decoders, "TorchcodecDecoder", lambda **_: "made")
     assert make_stream_decoder("auto", device="cuda:0", **options) == (
         "made",
         "DALI cannot be imported: no such module",
@@ -204,7 +219,10 @@ def test_runs_keep_one_size_together_and_stay_small(
 ) -> None:
     small, odd = open_video(clip("h264")), open_video(clip("h264_odd"))
     requests = [Request(video=video, numbers=(0, 1)) for video in (small, odd) * 3]
-    names = {trim(clip(name), (0, 1)).data: name for name in ("h264", "h264_odd")}
+    kinds = (("h264", small), ("h264_odd", odd))
+    names = {
+        trim(clip(name), (0, 1), shown=video.probe.stored_size).data: name for name, video in kinds
+    }
     runs: list[list[str]] = []
 
     class Recorder:

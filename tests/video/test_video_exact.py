@@ -17,7 +17,8 @@ import pytest
 from video_clips import RECIPES, Recipe, number_of, picture, read_plainly, write_clip
 
 from kineticlip.runtime.errors import UserError
-from kineticlip.video import VideoError, open_video, probe, torchcodec
+from kineticlip.video import VideoError, open_video, torchcodec
+from kineticlip.video.probe import probe
 from kineticlip.video.trim import trim
 
 Clip = Callable[[str], Path]

@@ -14,8 +14,9 @@ from video_clips import number_of, picture
 
 from kineticlip.__main__ import main
 from kineticlip.data.lists import read_list
-from kineticlip.video import open_video, probe
+from kineticlip.video import open_video
 from kineticlip.video.copies import shrunk
+from kineticlip.video.probe import probe
 
 Clip = Callable[[str], Path]
 

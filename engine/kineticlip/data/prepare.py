@@ -17,7 +17,7 @@ from kineticlip.video import Probe, ProbeCache, VideoError, open_video
 from kineticlip.video.container import choose_stream, open_container
 from kineticlip.video.copies import extract_frames, reencode
 from kineticlip.video.folder import TEMPLATE
-from kineticlip.video.probe import Scan, pictures, scan
+from kineticlip.video.probe import Scan, scan, sequential_decode
 
 SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .wmv .3gp .gif .ogv".split()
@@ -149,7 +149,7 @@ def _decode_all(found: Scan) -> int:
     path, promised = found.probe.path, found.probe.num_frames
     count = damaged = 0
     with open_container(path) as container:
-        for _, frame in pictures(path, container, choose_stream(container, path)):
+        for _, frame in sequential_decode(path, container, choose_stream(container, path)):
             count += 1
             damaged += bool(frame.is_corrupt)
     if count != promised:

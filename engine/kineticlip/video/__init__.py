@@ -4,7 +4,7 @@ from kineticlip.video.cache import ProbeCache
 from kineticlip.video.container import VideoError
 from kineticlip.video.decode import VideoSource, open_video
 from kineticlip.video.plan import Plan, plan_frames
-from kineticlip.video.probe import Probe, probe
+from kineticlip.video.probe import Probe
 
 __all__ = [
     "Plan",
@@ -14,5 +14,4 @@ __all__ = [
     "VideoSource",
     "open_video",
     "plan_frames",
-    "probe",
 ]

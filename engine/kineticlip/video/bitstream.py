@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from kineticlip.video.nal import Bits, Units, packet_units
+
 
 @dataclass(frozen=True, slots=True)
 class PacketFacts:
@@ -30,49 +32,25 @@ class PacketFacts:
 
 
 NO_PICTURE = PacketFacts(False, -1, 0)
-Reader = Callable[[memoryview], PacketFacts]
+Parser = Callable[[memoryview], PacketFacts]
 
 
-def packet_reader(codec: str, extradata: bytes | None) -> Reader | None:
-    """The reader of a codec's packets by FFmpeg's codec name, or None where none is known."""
-    if codec in NAL_READERS:
-        return _nal_reader(codec, extradata or b"")
-    return PACKET_READERS.get(codec)
+def packet_parser(codec: str, extradata: bytes | None) -> Parser | None:
+    """The parser of a codec's packets by FFmpeg's codec name, or None where none is known.
+
+    Parameter sets that only repeat the container's (`extradata`) are not reported.
+    """
+    if codec not in UNIT_PARSERS:
+        return PACKET_PARSERS.get(codec)
+    known = extradata or b""
+    parse, split = UNIT_PARSERS[codec], packet_units(codec, known)
+    return lambda data: parse(split(data), known)
 
 
 # --- H.264 and HEVC: NAL units ----------------------------------------------------------------
 
 
-def _nal_reader(codec: str, extradata: bytes) -> Reader:
-    """Parameter sets that only repeat the container's (`extradata`) are not reported."""
-    describe = NAL_READERS[codec]
-    # avcC and hvcC begin with version 1; anything else is start codes (Annex B).
-    boxed = len(extradata) > 22 if codec == "hevc" else len(extradata) > 6
-    if boxed and extradata[0] == 1:
-        size = (extradata[21 if codec == "hevc" else 4] & 3) + 1
-        return lambda data: describe(_length_prefixed(data, size), extradata)
-    return lambda data: describe(_start_coded(data), extradata)
-
-
-def _length_prefixed(data: memoryview, size: int) -> Iterator[memoryview]:
-    offset, end = 0, len(data)
-    while offset + size < end:
-        length = int.from_bytes(data[offset : offset + size], "big")
-        offset += size
-        yield data[offset : offset + length]
-        offset += length
-
-
-def _start_coded(data: memoryview) -> Iterator[memoryview]:
-    raw = bytes(data)
-    start = raw.find(b"\0\0\1")
-    while start >= 0:
-        following = raw.find(b"\0\0\1", start + 3)
-        yield data[start + 3 : following if following >= 0 else len(raw)]
-        start = following
-
-
-def _h264_facts(units: Iterator[memoryview], known: bytes) -> PacketFacts:
+def _h264_facts(units: Units, known: bytes) -> PacketFacts:
     """A picture no other refers to has nal_ref_idc 0 in every slice; both fields must agree."""
     instant, reference, slices, in_order = True, False, 0, True
     parameters = b""
@@ -94,21 +72,15 @@ def _h264_facts(units: Iterator[memoryview], known: bytes) -> PacketFacts:
 
 def _slice_type(unit: memoryview) -> int:
     """slice_type modulo 5 of an H.264 slice: 0 P, 1 B, 2 I, 3 SP, 4 SI; -1 for a header cut off."""
-    payload = bytes(unit[1:17]).replace(b"\0\0\3", b"\0\0")  # without emulation prevention
-    bits = "".join(f"{byte:08b}" for byte in payload)
-    values: list[int] = []
-    start = 0
-    while len(values) < 2:  # first_mb_in_slice, slice_type: Exp-Golomb codes (9.1)
-        zeros = bits.find("1", start) - start
-        end = start + 2 * zeros + 1
-        if zeros < 0 or end > len(bits):
-            return -1
-        values.append(int(bits[start + zeros : end], 2) - 1)
-        start = end
-    return values[1] % 5
+    bits = Bits(bytes(unit[1:17]))
+    try:
+        bits.code()  # first_mb_in_slice
+        return bits.code() % 5
+    except EOFError:
+        return -1
 
 
-def _hevc_facts(units: Iterator[memoryview], known: bytes) -> PacketFacts:
+def _hevc_facts(units: Units, known: bytes) -> PacketFacts:
     """Even types below 16 are sub-layer non-reference pictures; types 19 and 20 are IDR."""
     instant, reference, slices, layer = True, False, 0, 0
     parameters = b""
@@ -133,7 +105,7 @@ def _unless_known(unit: memoryview, known: bytes) -> bytes:
     return b"" if content in known else content
 
 
-NAL_READERS = {"h264": _h264_facts, "hevc": _hevc_facts}
+UNIT_PARSERS = {"h264": _h264_facts, "hevc": _hevc_facts}
 
 
 # --- codecs without reordering: a packet is a picture ------------------------------------------
@@ -201,7 +173,7 @@ def _jpeg_facts(data: memoryview) -> PacketFacts:
     return PacketFacts(True, 0, 1)
 
 
-PACKET_READERS: dict[str, Reader] = {
+PACKET_PARSERS: dict[str, Parser] = {
     "vp8": _vp8_facts,
     "vp9": _vp9_facts,
     "av1": _av1_facts,

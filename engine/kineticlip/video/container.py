@@ -37,8 +37,11 @@ class VideoError(UserError):
         return VideoError, (self.path, self.reason)
 
 
-class Unsuitable(ValueError):
-    """One way of reading cannot be proven exact for a file; str() says why. Another way may be."""
+class Unsuitable(Exception):
+    """One way of reading a file fails or is not proven exact; str() says why. Another may do.
+
+    It never reaches a user: who catches it reads the file in another way, and notes the reason.
+    """
 
 
 def open_container(path: str | Path) -> Any:

@@ -1,7 +1,7 @@
 """Videos rewritten once for fast reading: small H.264 with short closed groups, or JPEG folders.
 
 Frames keep their numbers: what was frame n is frame n. Rotation is applied, audio left out. A
-copy is made anew when its source or the settings have changed.
+copy is rewritten when its source or the settings have changed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from PIL import Image
 
 from kineticlip.runtime.files import write_whole
 from kineticlip.video.container import VideoError, choose_stream, open_container
-from kineticlip.video.folder import TEMPLATE, image_size, list_frames, read_images
+from kineticlip.video.folder import TEMPLATE, image_size, list_images, read_images
 from kineticlip.video.pictures import to_rgb
-from kineticlip.video.probe import Probe, pictures, probe
+from kineticlip.video.probe import Probe, probe, sequential_decode
 
 # Frames in a closed group. Eight frames of a 300-frame clip then cost 40 packets instead of 159
 # at 250, for 40 % more bytes.
@@ -32,7 +32,7 @@ JPEG_QUALITY = 95
 FOLDER_RATE = Fraction(25)  # of image folders, which do not say theirs
 # A copy carries its origin: an MP4 in its comment, a folder in a file.
 MAKER, ORIGIN = "kineticlip copy", "origin.txt"
-VERSION = 1  # of the settings above; copies of another one are made anew
+VERSION = 1  # of the settings above; copies of another one are rewritten
 BT601, LIMITED_RANGE = 6, 1  # ITU-T H.273: MatrixCoefficients, and FFmpeg's AVCOL_RANGE_MPEG
 
 
@@ -51,7 +51,7 @@ def reencode(path: str | Path, target: Path, *, side: int, frame_template: str =
     Raises VideoError where the source does not decode to its end, or target is there and no copy
     made here; UserError where target cannot be written.
     """
-    source = _Source.of(path, frame_template)
+    source = _Original.of(path, frame_template)
     origin = _origin(path, side)
     earlier = _check_target(path, target, _origin_of_file)
     if earlier == origin:
@@ -90,7 +90,7 @@ def extract_frames(
 
     Arguments and errors as reencode.
     """
-    source = _Source.of(path, frame_template)
+    source = _Original.of(path, frame_template)
     origin = _origin(path, side)
     earlier = _check_target(path, target, _origin_of_folder)
     if earlier == origin:
@@ -114,7 +114,7 @@ def extract_frames(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
+class _Original:
     """What is to be copied; width and height are upright, rate in frames a second.
 
     pictures: gives (time, its unit in seconds, uint8 [H, W, 3]) in output order.
@@ -127,9 +127,9 @@ class _Source:
     pictures: Callable[[], Iterator[tuple[int, Fraction, NDArray[np.uint8]]]]
 
     @classmethod
-    def of(cls, path: str | Path, template: str) -> _Source:
+    def of(cls, path: str | Path, template: str) -> _Original:
         if os.path.isdir(path):
-            files = list_frames(path, template)
+            files = list_images(path, template)
             width, height = image_size(files[0])
             return cls(
                 width=width,
@@ -158,12 +158,11 @@ def _images(files: list[Path]) -> Iterator[tuple[int, Fraction, NDArray[np.uint8
 def _upright(
     path: str | Path, facts: Probe, rate: Fraction
 ) -> Iterator[tuple[int, Fraction, NDArray[np.uint8]]]:
-    """Times that lie are replaced by even ones."""
-    stored = facts.orientation.upright_size(facts.width, facts.height)
+    """Time stamps that do not increase are replaced by evenly spaced ones."""
     with open_container(path) as container:
         stream = choose_stream(container, path)
-        for number, frame in pictures(path, container, stream):
-            image = np.ascontiguousarray(facts.orientation.apply(to_rgb(frame, *stored)))
+        for number, frame in sequential_decode(path, container, stream):
+            image = np.ascontiguousarray(facts.orientation.apply(to_rgb(frame, *facts.stored_size)))
             if facts.in_time_order:
                 yield frame.pts, frame.time_base, image
             else:
@@ -171,7 +170,7 @@ def _upright(
 
 
 def _origin(path: str | Path, side: int) -> str:
-    """What a copy of this source looks like; another text, and it is made anew."""
+    """What a copy of this source looks like; another text, and it is rewritten."""
     files = [Path(path)]
     if os.path.isdir(path):
         files = [Path(path), *Path(path).iterdir()]

@@ -1,7 +1,7 @@
 """Frames by NVIDIA DALI: batches of trimmed streams to tensors, on the GPU's decoder engines.
 
 Frame numbers are exact. Colours are DALI's: it upsamples chroma linearly and knows BT.601 alone,
-so streams tagged otherwise do not come here (`batch.why_not_on_gpu`).
+so streams tagged otherwise do not come here (`nvdec.why_not_on_gpu`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class DaliDecoder:
     def decode(self, streams: Sequence[Trimmed]) -> list[Any]:
         """One torch tensor uint8 [n, H, W, 3] a stream, on the device, not yet turned upright.
 
-        Where a stream cannot be decoded its place holds the Unsuitable that says why.
+        Of an uncropped stream, what is shown. An Unsuitable, with the reason, takes the place of a
+        stream that cannot be decoded.
         """
         import torch
 
@@ -108,11 +109,19 @@ class DaliDecoder:
             "positions", [np.array(stream.positions, dtype=np.int32) for stream in streams]
         )
         (frames,) = pipeline.run()
-        copies = [from_dlpack(frames[row]).clone() for row in range(len(streams))]
+        copies = [_shown(stream, from_dlpack(frames[row])) for row, stream in enumerate(streams)]
         if self._device_id is not None:
             # DALI reuses its buffers: the copies must be done before they go back.
             torch.cuda.current_stream(self._device_id).synchronize()
         return copies
+
+
+def _shown(stream: Trimmed, frames: Any) -> Any:
+    """A copy of what a stream shows of its decoded pictures; an Unsuitable for another size."""
+    try:
+        return stream.cut(frames).clone()
+    except Unsuitable as error:
+        return Unsuitable(f"DALI: {error}")
 
 
 def reason_of(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""One video, opened: how many frames it has, and any of them, exact, by the best decoder for it."""
+"""Opens one video: how many frames it has, and any of them, exact, by number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kineticlip.runtime.errors import UserError, did_you_mean
 from kineticlip.video import torchcodec
 from kineticlip.video.cache import ProbeCache
 from kineticlip.video.container import Unsuitable, VideoError
-from kineticlip.video.folder import TEMPLATE, image_size, list_frames, read_folder
+from kineticlip.video.folder import TEMPLATE, image_size, list_images, read_folder
 from kineticlip.video.packets import Table
 from kineticlip.video.pictures import Frames
 from kineticlip.video.probe import Probe, Scan, scan
@@ -117,7 +117,7 @@ def open_video(
     """Opens a video file, or a folder of images as a video.
 
     decoder: "auto", or one by name; a named one that cannot return this file's frames to the bit
-    gives way to PyAV, and the source's notes say why. cache: probes of earlier runs.
+    is replaced by PyAV, and the source's notes say why. cache: probes of earlier runs.
     Raises VideoError where the file cannot be read, UserError for an unknown decoder, and for
     torchcodec where it is not there.
     """
@@ -151,7 +151,7 @@ def choose_decoder(probe: Probe, decoder: str = "auto") -> tuple[str, list[str]]
 
 
 def _open_folder(path: str | Path, template: str) -> VideoSource:
-    files = list_frames(path, template)
+    files = list_images(path, template)
     width, height = image_size(files[0])
     probe = Probe(
         path=str(path),

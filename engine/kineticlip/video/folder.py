@@ -15,7 +15,7 @@ from kineticlip.video.pictures import Frames
 TEMPLATE = "img_{:05d}.jpg"
 
 
-def list_frames(folder: str | Path, template: str = TEMPLATE) -> list[Path]:
+def list_images(folder: str | Path, template: str = TEMPLATE) -> list[Path]:
     """The folder's image files that match the template, by their number.
 
     template: a file name with one number field, as for str.format. Frame 0 is the lowest number

@@ -1,8 +1,8 @@
 """The packets of a video as a table, and which of them a set of frames needs.
 
 Frame numbers follow the output order of a plain sequential decode. For the containers and codecs
-here that order is the order of the presentation times, one picture a packet; where the table
-cannot prove it, it says why, and the file is decoded in sequence to be counted.
+here that order is the order of the presentation times, one picture a packet. Where the packets do
+not prove it, building the table raises Unsuitable, and the file is decoded in sequence instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kineticlip.video.bitstream import PacketFacts, packet_reader
+from kineticlip.video.bitstream import PacketFacts, packet_parser
+from kineticlip.video.container import Unsuitable
 
 # Containers that store a presentation time for every picture from the first to the last. AVI does
 # not: what FFmpeg derives there lies for B-frames (40 of the 83 time stamps of an HMDB51 clip go
@@ -43,65 +44,46 @@ class Table:
         return int((self.number >= 0).sum())
 
 
-def why_not_by_packets(container: Any, stream: Any) -> str:
-    """Why frames cannot be told from packets in this container and codec; "" where they can."""
+def read_packets(container: Any, stream: Any) -> Iterator[tuple[Any, PacketFacts]]:
+    """The stream's packets with their facts.
+
+    Raises Unsuitable, at the call, for a container and codec whose packets never tell the frames.
+    """
     codec = stream.codec.canonical_name
-    if packet_reader(codec, None) is None:
-        return f"{codec} is always decoded in sequence"
+    parse = packet_parser(codec, stream.codec_context.extradata)
+    if parse is None:
+        raise Unsuitable(f"{codec} is always decoded in sequence")
     names = container.format.name.split(",")
     if codec not in STANDALONE and not any(name in names for name in PRESENTATION_TIMES):
-        return f"{codec} in {names[0]} is always decoded in sequence"
-    return ""
+        raise Unsuitable(f"{codec} in {names[0]} is always decoded in sequence")
+    demuxed = (packet for packet in container.demux(stream) if packet.size)
+    return ((packet, parse(memoryview(packet))) for packet in demuxed)
 
 
-def demux(container: Any, stream: Any) -> Iterator[tuple[Any, PacketFacts]]:
-    """The stream's packets with their facts; needs a codec that packet_reader knows."""
-    read = packet_reader(stream.codec.canonical_name, stream.codec_context.extradata)
-    assert read is not None
-    for packet in container.demux(stream):
-        if packet.size:
-            yield packet, read(memoryview(packet))
+def build_table(stream: Any, packets: Iterable[tuple[Any, PacketFacts]]) -> Table:
+    """The table of a stream's packets.
 
-
-def build_table(stream: Any, packets: Iterable[tuple[Any, PacketFacts]]) -> Table | str:
-    """The table of a stream's packets, or why its pictures must be counted by decoding them."""
-    pts: list[int | None] = []
-    facts: list[PacketFacts] = []
+    Raises Unsuitable, with the reason, where its pictures must be counted by decoding them.
+    """
+    times: list[int | None] = []
     hidden: list[bool] = []
-    for packet, fact in packets:
-        pts.append(packet.pts)
+    facts: list[PacketFacts] = []
+    for packet, fact in packets:  # the packets themselves are not kept
+        times.append(packet.pts)
         hidden.append(packet.is_discard)
         facts.append(fact)
-    if not facts or all(hidden):
-        return "no packets"
-    if any(fact.pictures != 1 for fact in facts):
-        return "packets without a picture"
-    if not facts[0].starts_group:
-        return "the stream does not begin with an instant refresh"
-    times = [time for time in pts if time is not None]
-    if len(times) < len(pts) or len(set(times)) < len(times):
-        return "time stamps missing or repeated"
+    _check_pictures(facts, hidden)
+    pts = _checked_times(times)
     if not _parameters_repeat(facts):
-        return "parameter sets change on the way"
-    order = np.array(times, dtype=np.int64)
+        raise Unsuitable("parameter sets change on the way")
     starts = np.array([fact.starts_group for fact in facts])
-    group = np.cumsum(starts) - 1
-    if not _groups_apart(order, starts):
-        return "groups of pictures overlap in time"
-    codec = stream.codec.canonical_name
-    in_order = bool((np.diff(order) > 0).all())
-    reordered = stream.codec_context.has_b_frames and not all(fact.in_order for fact in facts)
-    if codec in REORDERING and reordered and in_order and len(order) > 2:
-        # An AVI copied into MP4 or Matroska looks like this: decoding times posing as presentation.
-        return "pictures are reordered but their time stamps are not"
-    if codec not in REORDERING and not in_order:
-        return "time stamps go backwards"
+    _check_order(stream, pts, starts, facts)
     # Sub-layer non-reference pictures serve higher layers: only the top one's are free.
     layers = np.array([fact.layer for fact in facts])
     return Table(
-        pts=order,
-        number=_numbers(order, np.array(hidden)),
-        group=group,
+        pts=pts,
+        number=_numbers(pts, np.array(hidden)),
+        group=np.cumsum(starts) - 1,
         droppable=(layers >= 0) & (layers == layers.max()),
     )
 
@@ -118,6 +100,41 @@ def select(table: Table, numbers: Sequence[int]) -> NDArray[np.int64]:
     np.maximum.at(last, table.group[rows], rows)
     needed = np.arange(len(wanted)) <= last[table.group]
     return np.flatnonzero(needed & (wanted | ~table.droppable))
+
+
+def _check_pictures(facts: Sequence[PacketFacts], hidden: Sequence[bool]) -> None:
+    """Raises Unsuitable unless every packet is a picture, and decoding can start at the first."""
+    if not facts or all(hidden):
+        raise Unsuitable("no packets")
+    if any(fact.pictures != 1 for fact in facts):
+        raise Unsuitable("packets without a picture")
+    if not facts[0].starts_group:
+        raise Unsuitable("the stream does not begin with an instant refresh")
+
+
+def _checked_times(times: Sequence[int | None]) -> NDArray[np.int64]:
+    """The presentation times [P]. Raises Unsuitable unless all are there and differ."""
+    known = {time for time in times if time is not None}
+    if len(known) < len(times):
+        raise Unsuitable("time stamps missing or repeated")
+    return np.array(times, dtype=np.int64)
+
+
+def _check_order(
+    stream: Any, pts: NDArray[np.int64], starts: NDArray[np.bool_], facts: Sequence[PacketFacts]
+) -> None:
+    """Raises Unsuitable where presentation times cannot be the order of output."""
+    if not _groups_apart(pts, starts):
+        raise Unsuitable("groups of pictures overlap in time")
+    in_order = bool((np.diff(pts) > 0).all())
+    if stream.codec.canonical_name not in REORDERING:
+        if not in_order:
+            raise Unsuitable("time stamps go backwards")
+        return
+    reordered = stream.codec_context.has_b_frames and not all(fact.in_order for fact in facts)
+    if reordered and in_order and len(pts) > 2:
+        # An AVI copied into MP4 or Matroska looks like this: decoding times posing as presentation.
+        raise Unsuitable("pictures are reordered but their time stamps are not")
 
 
 def _parameters_repeat(facts: Sequence[PacketFacts]) -> bool:

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from kineticlip.video.container import (
     DAMAGE,
+    Unsuitable,
     VideoError,
     check_regular_file,
     choose_stream,
     decoding_failed,
     open_container,
 )
-from kineticlip.video.packets import Table, build_table, demux, why_not_by_packets
+from kineticlip.video.packets import Table, build_table, read_packets
 from kineticlip.video.pictures import Orientation, orientation_of, stored_bytes
 
 # Decoded pictures kept when a file had to be decoded to be counted: 480 frames of 320 x 240.
@@ -77,6 +78,11 @@ class Probe:
         """The turn that rotation and mirrored describe."""
         return TURNS[self.rotation, self.mirrored]
 
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(width, height) as a decoder returns the pictures, before they are turned upright."""
+        return self.orientation.upright_size(self.width, self.height)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
@@ -104,18 +110,15 @@ def scan(path: str | Path) -> Scan:
     """Probes a file and keeps what a following read can use. Raises VideoError."""
     check_regular_file(path)
     with open_container(path) as container:
-        stream = choose_stream(container, path)
-        reason = why_not_by_packets(container, stream)
-        if not reason:
-            found = _scan_packets(path, container, stream)
-            if isinstance(found, Scan):
-                return found
-            reason = found
+        try:
+            return _scan_packets(path, container, choose_stream(container, path))
+        except Unsuitable as error:
+            reason = str(error)
     with open_container(path) as container:
         return _scan_pictures(path, container, choose_stream(container, path), reason)
 
 
-def pictures(path: str | Path, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+def sequential_decode(path: str | Path, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
     """(number, av.VideoFrame) of a plain sequential decode: the order that defines the numbers.
 
     Raises VideoError where decoding stops with an error.
@@ -129,12 +132,16 @@ def pictures(path: str | Path, container: Any, stream: Any) -> Iterator[tuple[in
         decoding_failed(path, error, number)
 
 
-def _scan_packets(path: str | Path, container: Any, stream: Any) -> Scan | str:
-    """Reads all packets, decoding until the first picture stands."""
+def _scan_packets(path: str | Path, container: Any, stream: Any) -> Scan:
+    """Reads all packets, decoding until the first picture is there.
+
+    Raises Unsuitable where the packets do not tell the frames.
+    """
     first: list[Any] = []
+    packets = read_packets(container, stream)
 
     def feed() -> Iterator[Any]:
-        for packet, fact in demux(container, stream):
+        for packet, fact in packets:
             if not first:
                 first.extend(stream.codec_context.decode(packet)[:1])
             yield packet, fact
@@ -147,8 +154,6 @@ def _scan_packets(path: str | Path, container: Any, stream: Any) -> Scan | str:
         decoding_failed(path, error, len(first))
     if not first:
         raise VideoError(path, "no picture in it can be decoded")
-    if isinstance(table, str):
-        return table
     times = np.sort(table.pts[table.number >= 0])
     facts = _describe(path, container, stream, first[0], times, keyframes=int(table.group[-1]) + 1)
     return Scan(
@@ -169,7 +174,7 @@ def _scan_pictures(path: str | Path, container: Any, stream: Any, reason: str) -
     kept: list[Any] | None = []
     kept_bytes, keyframes = 0, 0
     times: list[int | None] = []
-    for _, frame in pictures(path, container, stream):
+    for _, frame in sequential_decode(path, container, stream):
         first = first or frame
         times.append(frame.pts)
         keyframes += bool(frame.key_frame)

@@ -19,7 +19,7 @@ from kineticlip.video.container import (
     open_container,
 )
 from kineticlip.video.pictures import Frames, stack, upright
-from kineticlip.video.probe import Scan, pictures
+from kineticlip.video.probe import Scan, sequential_decode
 from kineticlip.video.trim import Selection, select_packets
 
 
@@ -28,13 +28,13 @@ def read_in_sequence(scan: Scan, numbers: tuple[int, ...]) -> Frames:
 
     Returns uint8 [n, H, W, 3], upright. Raises VideoError where decoding stops before that.
     """
-    path, width, height = scan.probe.path, *_stored_size(scan)
+    path, (width, height) = scan.probe.path, scan.probe.stored_size
     if scan.pictures is not None:
         frames, missing = stack(enumerate(scan.pictures), numbers, width, height)
     else:
         with open_container(path) as container:
             stream = choose_stream(container, path)
-            decoded = pictures(path, container, stream)
+            decoded = sequential_decode(path, container, stream)
             frames, missing = stack(decoded, numbers, width, height)
     if missing:
         raise VideoError(path, f"ends before frame {min(missing)}, which its packets promise")
@@ -47,7 +47,7 @@ def read_by_packets(scan: Scan, numbers: tuple[int, ...]) -> Frames:
     Raises Unsuitable where the packets do not allow it, or where what the decoder hands out differs
     from what the packet table says.
     """
-    path, width, height = scan.probe.path, *_stored_size(scan)
+    path, (width, height) = scan.probe.path, scan.probe.stored_size
     with open_container(path) as container:
         stream = choose_stream(container, path)
         selection = select_packets(path, container, stream, numbers, table=scan.table)
@@ -76,8 +76,3 @@ def _decode(path: str | Path, context: Any, selection: Selection) -> Iterator[tu
                 decoded += 1
     except av.FFmpegError as error:
         decoding_failed(path, error, decoded)
-
-
-def _stored_size(scan: Scan) -> tuple[int, int]:
-    """(width, height) before the picture is turned upright."""
-    return scan.probe.orientation.upright_size(scan.probe.width, scan.probe.height)

@@ -19,7 +19,8 @@ from kineticlip.runtime.errors import UserError
 from kineticlip.video.container import Unsuitable
 from kineticlip.video.pictures import Frames, upright
 from kineticlip.video.probe import Probe, Scan
-from kineticlip.video.trim import TICK, Trimmed, trim
+from kineticlip.video.remux import TICK
+from kineticlip.video.trim import Trimmed, trim
 
 # Codecs whose decoded pictures their standards define to the bit, in a pixel format that every
 # FFmpeg converts to RGB by the same code. Others differ between FFmpeg versions: MPEG-4 by 2 of
@@ -82,7 +83,10 @@ def read_by_torchcodec(scan: Scan, numbers: tuple[int, ...]) -> Frames:
 
 
 def decode_trimmed(trimmed: Trimmed, *, device: str) -> Any:
-    """A trimmed stream's wanted frames: torch uint8 [n, H, W, 3] on the device, not yet turned."""
+    """A trimmed stream's wanted frames: torch uint8 [n, H, W, 3] on the device, not yet turned.
+
+    Of an uncropped stream they are views of what is shown.
+    """
     import torch
 
     decoders = load()
@@ -105,13 +109,11 @@ def decode_trimmed(trimmed: Trimmed, *, device: str) -> Any:
     except torch.OutOfMemoryError:
         raise  # no fault of the stream
     except (RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, Unsuitable):
-            raise
         raise Unsuitable(f"torchcodec: {str(error).splitlines()[0][:200]}") from None
     ticks = np.rint(batch.pts_seconds.cpu().numpy() / float(TICK)).astype(np.int64)
     if not np.array_equal(ticks - ticks[0], np.array(trimmed.positions) - trimmed.positions[0]):
         raise Unsuitable("torchcodec returned pictures of other times than asked for")
-    return batch.data
+    return trimmed.cut(batch.data)
 
 
 def release_freed_memory() -> None:
