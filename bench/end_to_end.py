@@ -39,9 +39,9 @@ from kernel_results import keep
 from kineticlip.config import Config, load_config
 from kineticlip.data.device_loader import DeviceLoader, why_not_on_device
 from kineticlip.data.entries import Entry
-from kineticlip.data.loader import TestLoader
-from kineticlip.data.sampling import sample_test
-from kineticlip.data.views import CLIP_MEAN, CLIP_STD, geometry
+from kineticlip.data.pipelines import PIPELINES
+from kineticlip.data.scoring_loader import ScoringLoader
+from kineticlip.data.statistics import CLIP_STATISTICS
 from kineticlip.evaluation.loop import Clock, Scored, score_stream
 from kineticlip.evaluation.ready import make_steady
 from kineticlip.evaluation.recognizer import Recognizer, load_recognizer, pick_device
@@ -93,9 +93,11 @@ def engine_scores(recognizer: Recognizer, entries: Sequence[Entry], clock: Clock
     """The engine's way from files to probabilities [N, C]; the clock counts its images."""
     config, device = recognizer.config, recognizer.device
     if why_not_on_device(config, device):
-        loader: TestLoader | DeviceLoader = TestLoader(entries, config)
+        loader: ScoringLoader | DeviceLoader = ScoringLoader(
+            entries, config, statistics=recognizer.statistics
+        )
     else:
-        loader = DeviceLoader(entries, config, device=device)
+        loader = DeviceLoader(entries, config, device=device, statistics=recognizer.statistics)
     results = score_stream(
         recognizer.model,
         recognizer.method,
@@ -130,11 +132,9 @@ def naive_scores(
     for entry in entries:
         with av.open(entry.path) as container:
             frames = [frame.to_image() for frame in container.decode(video=0)]
-        indices = sample_test(len(frames), config.data, config.test, "text4vis")  # [K, T]
-        shape = geometry(
-            *frames[0].size, size=config.data.resolution, crops=config.test.crops,
-            pipeline="text4vis",
-        )  # fmt: skip
+        pipeline = PIPELINES["text4vis"]
+        indices = pipeline.sample_test(len(frames), config.data, config.test)  # [K, T]
+        shape = pipeline.geometry(*frames[0].size, config.data, config.test.crops)
         views = []
         for crop in shape.crops:
             for clip in indices:
@@ -151,7 +151,8 @@ def transformed(image: Any, shape: Any, crop: Any) -> Tensor:
     size = [shape.height, shape.width]
     image = transforms.resize(image, size, transforms.InterpolationMode.BICUBIC)
     image = transforms.crop(image, crop.y, crop.x, shape.size, shape.size)
-    return transforms.normalize(transforms.to_tensor(image), CLIP_MEAN, CLIP_STD)
+    pixels = transforms.to_tensor(image)
+    return transforms.normalize(pixels, CLIP_STATISTICS.mean, CLIP_STATISTICS.std)
 
 
 def timed(run: Callable[[], Tensor]) -> Outcome:

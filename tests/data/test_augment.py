@@ -16,17 +16,21 @@ from kineticlip.config import DataConfig
 from kineticlip.data import augment as module
 from kineticlip.data import randaugment
 from kineticlip.data.augment import (
+    BIKE_SOMETHING,
+    PLAIN_RULES,
+    TEXT4VIS_SOMETHING,
     Box,
     apply_evl,
     apply_text4vis,
-    augment,
     draw_evl_box,
     draw_multiscale_box,
     plan_text4vis,
     randaugment_clip,
 )
+from kineticlip.data.pipelines import PIPELINES, training_pixels
 from kineticlip.data.sampling import ClipRandom, segment_train, strided_train
-from kineticlip.data.views import CLIP_MEAN, CLIP_STD, apply_pillow, text4vis_geometry
+from kineticlip.data.statistics import CLIP_STATISTICS
+from kineticlip.data.views import apply_pillow, text4vis_geometry
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SOURCES = dict(np.load(GOLDEN / "text4vis" / "crops_src.npz"))
@@ -45,6 +49,14 @@ def both(seed: int) -> ClipRandom:
     return ClipRandom(random.Random(seed), np.random.RandomState(seed))
 
 
+def augmented(
+    pipeline: str, frames: np.ndarray, label: int, data: DataConfig, rng: ClipRandom
+) -> tuple[torch.Tensor, int]:
+    """A training clip as the loader makes it, for CLIP's weights."""
+    rules = PIPELINES[pipeline]
+    return training_pixels(rules, frames, label, data, rng=rng, statistics=CLIP_STATISTICS)
+
+
 def snake(name: str) -> str:
     name = name.removesuffix("Increasing")
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
@@ -61,7 +73,7 @@ def test_text4vis_training_clips_are_pixel_exact(key: str) -> None:
         first.shape[0],
         size=size,
         rng=random.Random(int(seed.removeprefix("seed"))),
-        something="text4vis" if something else "",
+        rules=TEXT4VIS_SOMETHING if something else PLAIN_RULES,
     )
     images = [Image.fromarray(first), Image.fromarray(255 - first)]
     pixels = apply_text4vis(images, plan, size).numpy()
@@ -71,8 +83,8 @@ def test_text4vis_training_clips_are_pixel_exact(key: str) -> None:
         label = module.MIRRORED_LABELS[86] if plan.flip else 86
         assert label == TRAIN[f"{key}/label_from86"]
     else:
-        mean = np.array(CLIP_MEAN, dtype=np.float64)[:, None, None]
-        std = np.array(CLIP_STD, dtype=np.float64)[:, None, None]
+        mean = np.array(CLIP_STATISTICS.mean, dtype=np.float64)[:, None, None]
+        std = np.array(CLIP_STATISTICS.std, dtype=np.float64)[:, None, None]
         sums = ((pixels / 255 - mean) / std).sum((2, 3))
         np.testing.assert_allclose(sums, TRAIN[f"{key}/sum"], rtol=1e-5, atol=0.05)
 
@@ -128,7 +140,7 @@ def evl_clip(case: dict, frames: np.ndarray, steps: list, rng: ClipRandom) -> tu
         again.numpy.set_state(state[1])
         steps += randaugment.draw_evl(again)
     box = draw_evl_box(frames.shape[2], frames.shape[1], rng)
-    return indices, box, apply_evl(clip, box, case["spatial_size"])
+    return indices, box, apply_evl(clip, box, case["spatial_size"], statistics=CLIP_STATISTICS)
 
 
 RECIPES = {None, "rand-m7-n4-mstd0.5-inc1"}
@@ -162,7 +174,7 @@ def test_vitaclip_clips_without_randaugment_are_exact(seed: int) -> None:
     frames, rng = VITA_ARRAYS["video_u8"], both(seed)
     indices = strided_train(len(frames), 4, 4, rng.numpy)
     box = draw_evl_box(frames.shape[2], frames.shape[1], rng)
-    pixels = apply_evl(frames[indices], box, 32).transpose(0, 1).numpy()
+    pixels = apply_evl(frames[indices], box, 32, statistics=CLIP_STATISTICS).transpose(0, 1).numpy()
     expected = VITA_ARRAYS[f"train_noaug_seed{seed}"]
     np.testing.assert_allclose(pixels, expected, rtol=0, atol=LAST_BIT)
 
@@ -172,7 +184,7 @@ def test_vitaclip_clips_with_randaugment(seed: int) -> None:
     frames, rng = VITA_ARRAYS["video_u8"], both(seed)
     indices = strided_train(len(frames), 4, 4, rng.numpy)
     data = DataConfig(resolution=32, num_frames=4)
-    pixels, label = augment(frames[indices], 3, data, "evl", rng)
+    pixels, label = augmented("evl", frames[indices], 3, data, rng)
     assert label == 3
     expected = VITA_ARRAYS[f"train_aug_seed{seed}"]
     np.testing.assert_allclose(pixels.transpose(0, 1).numpy(), expected, rtol=0, atol=0.05)
@@ -263,7 +275,7 @@ def test_published_recipe_draws_for_every_frame() -> None:
 
     def versions(recipe: str) -> set[bytes]:
         data = DataConfig(num_frames=4, resolution=48, augmentation=recipe)
-        pixels, _ = augment(clip, 0, data, "text4vis", ClipRandom.seeded(11))
+        pixels, _ = augmented("text4vis", clip, 0, data, ClipRandom.seeded(11))
         assert pixels.shape == (4, 3, 48, 48)
         return {image.numpy().tobytes() for image in pixels}
 
@@ -292,11 +304,11 @@ def test_no_augmentation_is_the_centre_view() -> None:
     frames = np.random.default_rng(7).integers(0, 256, (3, 90, 120, 3), dtype=np.uint8)
     data = DataConfig(num_frames=3, resolution=64, augmentation="none")
     rng = ClipRandom.seeded(1)
-    pixels, label = augment(frames, 5, data, "text4vis", rng)
+    pixels, label = augmented("text4vis", frames, 5, data, rng)
     shape = text4vis_geometry(120, 90, size=64, crops=1)
     assert torch.equal(pixels, apply_pillow(frames, shape)[:, 0])
     assert (label, pixels.dtype) == (5, torch.uint8)
-    tensor, _ = augment(frames, 5, data, "evl", rng)
+    tensor, _ = augmented("evl", frames, 5, data, rng)
     assert (tensor.shape, tensor.dtype) == ((3, 3, 64, 64), torch.float32)
 
 
@@ -307,7 +319,7 @@ def test_mirroring_swaps_labels_only_for_something_something() -> None:
         for seed in range(12):
             data = DataConfig(num_frames=2, resolution=32, something=something)
             rng = ClipRandom.seeded(seed)
-            seen[something].add(augment(frames, 166, data, "text4vis", rng)[1])
+            seen[something].add(augmented("text4vis", frames, 166, data, rng)[1])
     assert seen == {False: {166}, True: {166, 167}}
 
 
@@ -320,10 +332,11 @@ def test_flip_off_never_mirrors_and_keeps_the_other_draws() -> None:
 
 
 def test_bike_brings_something_something_to_its_own_size() -> None:
-    plan = plan_text4vis(500, 400, size=224, rng=random.Random(0), something="bike")
+    plan = plan_text4vis(500, 400, size=224, rng=random.Random(0), rules=BIKE_SOMETHING)
     assert (plan.width, plan.height) == (320, 256)
     wide = [
-        plan_text4vis(500, 400, size=224, rng=random.Random(i), something="bike") for i in range(40)
+        plan_text4vis(500, 400, size=224, rng=random.Random(i), rules=BIKE_SOMETHING)
+        for i in range(40)
     ]
     assert not any(plan.gray for plan in wide)
     assert len({(plan.box.width, plan.box.height) for plan in wide if plan.box}) > 13

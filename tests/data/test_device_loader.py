@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,14 +11,17 @@ import torch
 
 from kineticlip.commands.demo.clips import render_clip, write_clip
 from kineticlip.config import load_config
+from kineticlip.data import device_loader, scoring_loader
 from kineticlip.data.batch import BadVideo, VideoViews
-from kineticlip.data.device_loader import NO_ROOM, DeviceLoader, why_not_on_device
+from kineticlip.data.device_loader import NO_ROOM, why_not_on_device
 from kineticlip.data.entries import Entry
-from kineticlip.data.loader import TestLoader
+from kineticlip.data.statistics import CLIP_STATISTICS
 from kineticlip.video import VideoError
 from kineticlip.video.batch_reader import BatchReader, Decoded, Request
 
 CPU = torch.device("cpu")
+DeviceLoader = partial(device_loader.DeviceLoader, statistics=CLIP_STATISTICS)
+ScoringLoader = partial(scoring_loader.ScoringLoader, statistics=CLIP_STATISTICS)
 SETTINGS = ["data.resolution=48", "data.num_frames=3", "test.clips=2", "test.crops=3"]
 
 
@@ -38,7 +42,7 @@ def test_views_equal_those_of_the_threads(entries: list[Entry], pipeline: str) -
     config = load_config(None, SETTINGS)
     loader = DeviceLoader(entries, config, device=CPU, pipeline=pipeline)
     there = list(loader)
-    here = list(TestLoader(entries, config, pipeline=pipeline))
+    here = list(ScoringLoader(entries, config, pipeline=pipeline))
     assert len(there) == len(here) == len(loader) == 5
     for a, b in zip(there, here, strict=True):
         if isinstance(b, BadVideo):
@@ -81,7 +85,7 @@ def test_out_of_memory_no_video_is_lost(
         return read(reader, requests)
 
     monkeypatch.setattr(BatchReader, "read", tight)
-    there, here = list(loader), list(TestLoader(entries, config))
+    there, here = list(loader), list(ScoringLoader(entries, config))
     assert len(there) == len(here)
     for a, b in zip(there, here, strict=True):
         if isinstance(a, BadVideo) or isinstance(b, BadVideo):

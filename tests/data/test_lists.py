@@ -12,7 +12,7 @@ from kineticlip.data.entries import Entry
 from kineticlip.data.few_shot import few_shot
 from kineticlip.data.labels import BUILT_IN, read_labels, split_words
 from kineticlip.data.lists import read_list, scoring_list, training_list
-from kineticlip.data.loader import TrainLoader
+from kineticlip.data.order import order_of
 from kineticlip.models.prompts import ENSEMBLES, TEMPLATES, expand_templates, render
 from kineticlip.runtime.errors import UserError
 
@@ -66,7 +66,7 @@ def test_a_list_may_have_no_labels(write) -> None:
     assert [entry.name for entry in entries] == ["a.mp4", "b c, d.mp4"]
     assert all((entry.label, entry.labels) == (-1, ()) for entry in entries)
     with pytest.raises(UserError, match="this list has none, or several"):
-        TrainLoader(entries, load_config(None))
+        order_of(entries, load_config(None))
     quoted_first = read_list(write('"b c, d.mp4"\na.mp4\n')).entries
     assert [entry.name for entry in quoted_first] == ["b c, d.mp4", "a.mp4"]
 

@@ -15,18 +15,24 @@ import torch
 from PIL import Image
 
 from kineticlip.config import Config, load_config
-from kineticlip.data import loader
+from kineticlip.data import scoring_loader, training_loader
+from kineticlip.data.ahead import run_ahead
 from kineticlip.data.batch import BadVideo, Batch, VideoViews
 from kineticlip.data.entries import Entry
 from kineticlip.data.lists import read_list
-from kineticlip.data.loader import TrainLoader, run_ahead, views_of
+from kineticlip.data.order import TrainingOrder, order_of
 from kineticlip.data.sampling import text4vis_uniform_test
+from kineticlip.data.statistics import CLIP_STATISTICS
 from kineticlip.data.views import apply_pillow, text4vis_geometry
 from kineticlip.runtime.errors import UserError
 from kineticlip.video import open_video
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WIDTH, HEIGHT = 64, 48
+
+views_of = partial(scoring_loader.views_of, statistics=CLIP_STATISTICS)
+ScoringLoader = partial(scoring_loader.ScoringLoader, statistics=CLIP_STATISTICS)
+TrainLoader = partial(training_loader.TrainLoader, statistics=CLIP_STATISTICS)
 
 
 def make_clip(path: Path, count: int, seed: int) -> None:
@@ -101,7 +107,7 @@ def test_reading_in_portions_changes_nothing(
     for pipeline in ("text4vis", "evl"):
         config = settings("test.clips=4", "test.crops=3", f"data.pipeline={pipeline}")
         whole = views_of(clips[6], config)
-        monkeypatch.setattr(loader, "READ_BYTES", 3 * 3 * WIDTH * HEIGHT)
+        monkeypatch.setattr(scoring_loader, "READ_BYTES", 3 * 3 * WIDTH * HEIGHT)
         portions = views_of(clips[6], config)
         monkeypatch.undo()
         assert torch.equal(portions.clips(), whole.clips())
@@ -113,13 +119,13 @@ def test_the_test_loader_keeps_list_order_and_names_bad_files(
     absent = Entry("absent.mp4", str(Path(bad.path).parent / "absent.mp4"), 0)
     entries = [clips[3], bad, *clips[:2], absent, clips[6]]
     config = settings("data.workers=3")
-    items = list(loader.TestLoader(entries, config))
+    items = list(ScoringLoader(entries, config))
     assert [item.name for item in items] == [entry.name for entry in entries]
     assert [item.label for item in items] == [entry.label for entry in entries]
     broken = [item for item in items if isinstance(item, BadVideo)]
     assert [item.name for item in broken] == ["noise.mp4", "absent.mp4"]
     assert all(item.reason and "\n" not in item.reason for item in broken)
-    single = list(loader.TestLoader(entries, settings("data.workers=1")))
+    single = list(ScoringLoader(entries, settings("data.workers=1")))
     for one, other in zip(items, single, strict=True):
         if isinstance(one, VideoViews):
             assert isinstance(other, VideoViews)
@@ -127,7 +133,7 @@ def test_the_test_loader_keeps_list_order_and_names_bad_files(
 
 
 def test_ranks_share_the_test_list_without_padding(clips: list[Entry]) -> None:
-    parts = [loader.TestLoader(clips, settings(), rank=rank, world=3) for rank in range(3)]
+    parts = [ScoringLoader(clips, settings(), rank=rank, world=3) for rank in range(3)]
     assert [len(part) for part in parts] == [3, 2, 2]
     names = [[item.name for item in part] for part in parts]
     assert sorted(name for part in names for name in part) == [entry.name for entry in clips]
@@ -136,7 +142,7 @@ def test_ranks_share_the_test_list_without_padding(clips: list[Entry]) -> None:
 
 def test_settings_that_no_video_can_meet_fail_before_the_first_video(clips: list[Entry]) -> None:
     with pytest.raises(UserError, match="1 or 3 crops, got 5"):
-        loader.TestLoader(clips, settings("test.crops=5"), pipeline="evl")
+        ScoringLoader(clips, settings("test.crops=5"), pipeline="evl")
     with pytest.raises(UserError, match="at most 128 frames"):
         TrainLoader(clips, settings("data.num_frames=200", "data.sampling=dense"))
     with pytest.raises(UserError, match="no video to train on"):
@@ -179,8 +185,8 @@ def test_an_entry_looks_different_in_every_pass(clips: list[Entry]) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_pass_holds_every_entry_once_over_all_ranks(world: int) -> None:
     entries = [Entry(f"e{i}", f"e{i}", 0) for i in range(7)]
-    ranks = [TrainLoader(entries, settings(), rank=rank, world=world) for rank in range(world)]
-    assert len({len(rank) for rank in ranks}) == 1
+    ranks = [order_of(entries, settings(), rank=rank, world=world) for rank in range(world)]
+    assert len({rank.batches for rank in ranks}) == 1
     places = [rank.locate(p) for number in range(30) for rank in ranks for p in rank.places(number)]
     for turn in range(8):
         indices = [index for other, index in places if other == turn]
@@ -191,16 +197,15 @@ def test_every_pass_holds_every_entry_once_over_all_ranks(world: int) -> None:
 def test_the_order_is_evls() -> None:
     """create_train_loader of the official code; its batch is one micro-batch of every rank."""
     for case in json.loads((GOLDEN / "evl" / "train_loader_order.json").read_text()):
-        size = case["batch_size"] // case["world_size"]
-        config = settings(f"train.micro_batch_size={size}", "seed=0")
-        train = TrainLoader(
-            [Entry(str(i), str(i), 0) for i in range(case["dataset_len"])],
-            config,
+        order = TrainingOrder(
+            length=case["dataset_len"],
+            seed=0,
+            size=case["batch_size"] // case["world_size"],
             rank=case["rank"],
             world=case["world_size"],
         )
         numbers = range(case["resume_step"], case["num_steps"])
-        got = [train.locate(place)[1] for number in numbers for place in train.places(number)]
+        got = [order.locate(place)[1] for number in numbers for place in order.places(number)]
         assert got == case["indices"]
 
 
@@ -219,10 +224,10 @@ def test_bad_files_are_named_and_their_places_refilled_without_a_shift(
     assert train.refilled == 1
     changed = 0
     for number, (one, other) in enumerate(zip(expected, batches, strict=True)):
-        for slot, place in enumerate(train.places(number)):
-            if train.locate(place)[1] == 3:
-                next_place = train.places(number + 1)[slot]
-                assert other.names[slot] == entries[train.locate(next_place)[1]].name
+        for slot, place in enumerate(train.order.places(number)):
+            if train.order.locate(place)[1] == 3:
+                next_place = train.order.places(number + 1)[slot]
+                assert other.names[slot] == entries[train.order.locate(next_place)[1]].name
                 changed += 1
             else:
                 assert other.names[slot] == one.names[slot]
@@ -277,7 +282,7 @@ def test_stretches_show_only_their_own_frames(stretches: list[Entry]) -> None:
     view = views_of(stretches[0], config)
     assert view.num_frames == 24
     assert (view.images.float().mean((1, 2, 3, 4)) / 5).round().tolist() == [12, 18, 24, 30]
-    (beyond,) = loader.TestLoader(stretches[2:], config)
+    (beyond,) = ScoringLoader(stretches[2:], config)
     assert isinstance(beyond, BadVideo)
     assert "has 48 frames; the stretch begins at 72" in beyond.reason
 
@@ -285,7 +290,7 @@ def test_stretches_show_only_their_own_frames(stretches: list[Entry]) -> None:
 def test_a_strip_of_pixels_is_a_bad_video(tmp_path: Path) -> None:
     Image.new("RGB", (2000, 10)).save(tmp_path / "img_00001.png")
     config = settings("data.frame_template=img_{:05d}.png")
-    (item,) = loader.TestLoader([Entry("strip", str(tmp_path), 0)], config)
+    (item,) = ScoringLoader([Entry("strip", str(tmp_path), 0)], config)
     assert item == BadVideo("strip", 0, "is 2000 x 10, too narrow to be resized")
 
 
@@ -295,7 +300,7 @@ def loader_threads() -> list[str]:
 
 
 def test_leaving_a_loop_early_ends_its_threads(clips: list[Entry]) -> None:
-    for item in loader.TestLoader(clips, settings()):
+    for item in ScoringLoader(clips, settings()):
         assert isinstance(item, VideoViews)
         break
     assert not loader_threads()
@@ -344,10 +349,10 @@ def test_an_exception_comes_out_in_its_place_and_ends_the_threads() -> None:
 def test_a_configured_probe_cache_is_used(tmp_path: Path, clips: list[Entry]) -> None:
     assert settings().data.probe_cache == "auto"
     config = settings(f"data.val_root={tmp_path}")
-    first = list(loader.TestLoader(clips, config))
+    first = list(ScoringLoader(clips, config))
     kept = (tmp_path / ".kineticlip-probes.jsonl").read_text()
     assert len(kept.splitlines()) == len(clips)
-    again = list(loader.TestLoader(clips, config))
+    again = list(ScoringLoader(clips, config))
     for one, two in zip(first, again, strict=True):
         assert isinstance(one, VideoViews) and isinstance(two, VideoViews)
         assert torch.equal(one.images, two.images)

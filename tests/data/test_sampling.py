@@ -11,6 +11,7 @@ import pytest
 
 from kineticlip.config import DataConfig, ViewConfig
 from kineticlip.data import sampling
+from kineticlip.data.pipelines import PIPELINES
 from kineticlip.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -130,13 +131,13 @@ def test_segment_midpoints() -> None:
 def test_every_sampling_stays_inside_the_video(pipeline: str, mode: str, count: int) -> None:
     data = DataConfig(num_frames=8, sampling=mode, sampling_rate=16)
     for seed in range(5):
-        got = sampling.sample_train(count, data, pipeline, sampling.ClipRandom.seeded(seed))
+        got = PIPELINES[pipeline].sample_train(count, data, sampling.ClipRandom.seeded(seed))
         assert got.shape == (8,)
         assert got.dtype == np.int64
         assert 0 <= got.min() <= got.max() < count
     for clips in (1, 3):
         views = ViewConfig(clips=clips, sampling=mode)
-        clip = sampling.sample_test(count, data, views, pipeline)
+        clip = PIPELINES[pipeline].sample_test(count, data, views)
         assert clip.shape == (clips, 8)
         assert clip.dtype == np.int64
         assert 0 <= clip.min() <= clip.max() < count
@@ -146,7 +147,7 @@ def test_pipelines_choose_different_samplers() -> None:
     def draw(pipeline: str, mode: str) -> list[int]:
         data = DataConfig(num_frames=4, sampling=mode, sampling_rate=3)
         rng = sampling.ClipRandom.seeded(3)
-        return sampling.sample_train(400, data, pipeline, rng).tolist()
+        return PIPELINES[pipeline].sample_train(400, data, rng).tolist()
 
     assert set(np.diff(draw("evl", "dense"))) == {3}
     assert draw("text4vis", "dense")[1] - draw("text4vis", "dense")[0] in (32, 32 - 400)
@@ -166,4 +167,4 @@ def test_seeded_generators_repeat_and_differ() -> None:
 def test_dense_span_limits_the_frames() -> None:
     data = DataConfig(num_frames=129, sampling="dense")
     with pytest.raises(UserError, match="at most 128 frames"):
-        sampling.sample_train(500, data, "text4vis", sampling.ClipRandom.seeded(0))
+        PIPELINES["text4vis"].sample_train(500, data, sampling.ClipRandom.seeded(0))

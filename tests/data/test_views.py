@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from kineticlip.config import DataConfig
 from kineticlip.data import sampling
 from kineticlip.data.batch import VideoViews
+from kineticlip.data.pipelines import PIPELINES
+from kineticlip.data.statistics import CLIP_STATISTICS, PixelStatistics
 from kineticlip.data.views import (
-    CLIP_MEAN,
-    CLIP_STD,
     Crop,
     Geometry,
     apply_pillow,
     apply_tensor,
     evl_geometry,
-    geometry,
     resize_pillow,
     text4vis_geometry,
 )
@@ -34,7 +34,8 @@ CASES = sorted({tuple(key.split("/")[:2]) for key in CROPS})
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
+    clip = CLIP_STATISTICS
+    mean, std = torch.tensor(clip.mean).view(3, 1, 1), torch.tensor(clip.std).view(3, 1, 1)
     return (images.float() / 255 - mean) / std
 
 
@@ -132,7 +133,7 @@ LAST_BIT = 0.0 if EXACT else 2.4e-7
 
 
 def evl_views(
-    frames: np.ndarray, size: int, crops: int, indices: np.ndarray, mean: list, std: list
+    frames: np.ndarray, size: int, crops: int, indices: np.ndarray, statistics: PixelStatistics
 ) -> torch.Tensor:
     """The official layout [views, 3, T, S, S], spatial-major."""
     shape = evl_geometry(frames.shape[2], frames.shape[1], size=size, crops=crops)
@@ -146,8 +147,7 @@ def evl_views(
             shape,
             numbers=frame_numbers.tolist(),
             count=len(frames),
-            mean=mean,
-            std=std,
+            statistics=statistics,
         ),
         frame_index=torch.from_numpy(index.reshape(indices.shape)),
         crop_index=torch.from_numpy(place),
@@ -160,13 +160,14 @@ def evl_views(
 def test_evl_views_are_exact() -> None:
     golden = np.load(GOLDEN / "evl" / "dataset.npz")
     meta = json.loads((GOLDEN / "evl" / "dataset.json").read_text())
+    statistics = PixelStatistics(tuple(meta["mean"]), tuple(meta["std"]))
     for case in meta["tests"]:
         frames = golden[f"frames.{case['video']}"]
         indices = sampling.strided_test(
             len(frames), case["num_frames"], case["sampling_rate"], case["num_temporal_views"]
         )
         size, crops = case["spatial_size"], case["num_spatial_views"]
-        got = evl_views(frames, size, crops, indices, meta["mean"], meta["std"])
+        got = evl_views(frames, size, crops, indices, statistics)
         np.testing.assert_allclose(got.numpy(), golden[case["key"]], rtol=0, atol=LAST_BIT)
 
 
@@ -175,7 +176,7 @@ def test_vitaclip_views_are_exact(crops: int, clips: int) -> None:
     golden = np.load(GOLDEN / "vitaclip" / "data.npz")
     frames = golden["video_u8"]
     indices = sampling.strided_test(len(frames), 4, 4, clips)
-    got = evl_views(frames, 32, crops, indices, list(CLIP_MEAN), list(CLIP_STD))
+    got = evl_views(frames, 32, crops, indices, CLIP_STATISTICS)
     expected = golden[f"eval_views_{crops}x{clips}"]
     np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=LAST_BIT)
 
@@ -183,22 +184,24 @@ def test_vitaclip_views_are_exact(crops: int, clips: int) -> None:
 def test_few_frames_resize_as_the_whole_video_does() -> None:
     frames = np.random.default_rng(3).integers(0, 256, (21, 40, 56, 3), dtype=np.uint8)
     shape = evl_geometry(56, 40, size=32, crops=3)
-    whole = apply_tensor(frames, shape, numbers=range(21), count=21)
+    whole = apply_tensor(frames, shape, statistics=CLIP_STATISTICS, numbers=range(21), count=21)
     for numbers in ([0], [20], [3, 9, 17], [1, 2, 15, 16, 20], list(range(21))):
-        some = apply_tensor(frames[numbers], shape, numbers=numbers, count=21)
+        some = apply_tensor(
+            frames[numbers], shape, statistics=CLIP_STATISTICS, numbers=numbers, count=21
+        )
         torch.testing.assert_close(some, whole[numbers], rtol=0, atol=LAST_BIT)
 
 
 def test_a_square_video_has_one_crop_where_three_are_named() -> None:
     for pipeline in ("text4vis", "bike", "evl"):
-        square = geometry(300, 300, size=224, crops=3, pipeline=pipeline)
-        wide = geometry(340, 256, size=224, crops=3, pipeline=pipeline)
+        square = PIPELINES[pipeline].geometry(300, 300, DataConfig(), 3)
+        wide = PIPELINES[pipeline].geometry(340, 256, DataConfig(), 3)
         boxes, place = square.distinct()
         assert place.tolist() == ([0, 0, 0] if pipeline == "evl" else [0, 1, 2])
         assert len(boxes) == place.max() + 1
         assert wide.distinct()[1].tolist() == [0, 1, 2]
     # At 336 pixels Text4Vis resizes to the crop's own size, so the square has one box there too.
-    square = geometry(300, 300, size=336, crops=3, pipeline="text4vis")
+    square = text4vis_geometry(300, 300, size=336, crops=3)
     assert square.distinct()[1].tolist() == [0, 0, 0]
     frames = np.random.default_rng(0).integers(0, 256, (2, 300, 300, 3), dtype=np.uint8)
     assert apply_pillow(frames, square).shape == (2, 1, 3, 336, 336)
@@ -215,7 +218,7 @@ def test_ten_crops_mirror_after_cutting() -> None:
 
 def test_a_frame_smaller_than_the_crop_is_padded_with_black() -> None:
     """Something-Something at 336 pixels: the fixed 320 x 240 frame does not fill the crop."""
-    shape = geometry(500, 400, size=336, crops=1, pipeline="text4vis", something=True)
+    shape = PIPELINES["text4vis"].geometry(500, 400, DataConfig(resolution=336, something=True), 1)
     assert (shape.width, shape.height) == (320, 240)
     frame = np.full((1, 400, 500, 3), 200, dtype=np.uint8)
     image = apply_pillow(frame, shape)[0, 0].numpy()

@@ -17,8 +17,9 @@ from kineticlip.commands.demo.clips import render_clip, write_clip
 from kineticlip.config import Config, load_config
 from kineticlip.data.batch import BadVideo, VideoViews
 from kineticlip.data.entries import Entry
-from kineticlip.data.loader import TestLoader
-from kineticlip.data.sampling import sample_test
+from kineticlip.data.pipelines import PIPELINES
+from kineticlip.data.scoring_loader import ScoringLoader
+from kineticlip.data.statistics import CLIP_STATISTICS
 from kineticlip.evaluation import loop as evaluate
 from kineticlip.evaluation.loop import Clock, Scored, score_stream
 from kineticlip.evaluation.ready import prepare
@@ -39,7 +40,8 @@ def configured(*pairs: str) -> Config:
 def made_video(number: int, frames: int, *, clips: int = 2, crops: Sequence[int] = (0, 1, 0)):
     """A video of `frames` random frames; crop 2 shows the same pixels as crop 0."""
     config = configured(f"test.clips={clips}", "test.sampling=dense")
-    plan = plan_frames(sample_test(frames, config.data, config.test, "text4vis"))
+    sample = PIPELINES["text4vis"].sample_test
+    plan = plan_frames(sample(frames, config.data, config.test))
     generator = torch.Generator().manual_seed(number)
     shape = (len(plan.frames), max(crops) + 1, 3, 64, 64)
     return VideoViews(
@@ -194,7 +196,8 @@ def test_twenty_frames_in_ten_dense_clips_are_encoded_once_a_crop(
     model.get_submodule("visual").register_forward_pre_hook(
         lambda _, given: shown.append(len(given[0]))
     )
-    loader = TestLoader([Entry("short", str(tmp_path / "short.mp4"), 0)], config)
+    entry = Entry("short", str(tmp_path / "short.mp4"), 0)
+    loader = ScoringLoader([entry], config, statistics=CLIP_STATISTICS)
     (item,) = score_stream(model, METHODS["text4vis"], loader, device=CPU, chunk=16)
     assert isinstance(item, Scored)
     assert (item.video.num_frames, item.video.num_views) == (20, 10 * crops)

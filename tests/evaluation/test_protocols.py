@@ -18,7 +18,8 @@ from sklearn.metrics import average_precision_score
 from kineticlip.__main__ import main
 from kineticlip.config import Config, load_config
 from kineticlip.data.entries import Entry
-from kineticlip.data.few_shot import few_shot, write_few_shot
+from kineticlip.data.few_shot import few_shot
+from kineticlip.data.list_writer import write_few_shot
 from kineticlip.data.lists import read_list
 from kineticlip.evaluation import metrics
 from kineticlip.evaluation.protocols import (

@@ -24,10 +24,11 @@ import torch
 from pathlib import Path
 from kineticlip.config import load_config
 from kineticlip.data.entries import Entry
-from kineticlip.data.loader import TestLoader
+from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.evaluation.loop import Scored, score_stream
 from kineticlip.evaluation.ready import prepare
 from kineticlip.methods import METHODS
+from kineticlip.methods.trunk import statistics_of
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -39,8 +40,8 @@ method = METHODS["text4vis"]
 model = prepare(method.build(config, ("left", "right")), "fp32", torch.device("cpu"))
 entries = [Entry(f"video{n}", paths[n % len(paths)], 0) for n in range(count)]
 start, scored = 0.0, 0
-for item in score_stream(model, method, TestLoader(entries, config),
-                         device=torch.device("cpu"), chunk=16):
+loader = ScoringLoader(entries, config, statistics=statistics_of(model))
+for item in score_stream(model, method, loader, device=torch.device("cpu"), chunk=16):
     scored += isinstance(item, Scored)
     if scored == count // 4:
         start = resident()

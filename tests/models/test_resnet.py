@@ -64,8 +64,8 @@ def test_the_shift_matters(recorded: Path) -> None:
 def test_bytes_and_normalised_floats_agree() -> None:
     side = SHAPE.resolution
     pixels = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
-    mean = torch.tensor(SHAPE.mean).view(3, 1, 1)
-    std = torch.tensor(SHAPE.std).view(3, 1, 1)
+    mean = torch.tensor(SHAPE.statistics.mean).view(3, 1, 1)
+    std = torch.tensor(SHAPE.statistics.std).view(3, 1, 1)
     model = ModifiedResNet(SHAPE).eval()
     with torch.no_grad():
         found = model(pixels)

@@ -181,7 +181,7 @@ def test_tags_bring_their_activation_and_pixels(
     assert openai.path == cached and openai.model == architecture("ViT-L-14")
     laion = resolve_weights("ViT-L-14", "laion2b_s32b_b82k")
     assert laion.model.text.activation == "gelu"
-    assert laion.model.vision.mean == (0.5, 0.5, 0.5)
+    assert laion.model.vision.statistics.mean == (0.5, 0.5, 0.5)
 
 
 def test_clip_files_are_rounded_as_clip_load_rounds_them(

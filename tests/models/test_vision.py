@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kineticlip.data.statistics import CLIP_STATISTICS
 from kineticlip.models.architectures import (
-    CLIP_MEAN,
-    CLIP_STD,
     ResNetShape,
     VisionShape,
     architecture,
@@ -36,6 +35,14 @@ def seeded(
 ) -> VisionTransformer:
     torch.manual_seed(3)
     return build(SMALL, **options).double().eval()
+
+
+def clip_statistics() -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [3, 1, 1] of CLIP's pixels."""
+    return (
+        torch.tensor(CLIP_STATISTICS.mean).view(3, 1, 1),
+        torch.tensor(CLIP_STATISTICS.std).view(3, 1, 1),
+    )
 
 
 def images(count: int = 6) -> Tensor:
@@ -69,9 +76,8 @@ def test_same_embedding_as_open_clip(name: str, layers: int) -> None:
 
     side = tower.shape.resolution
     pixels = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
-    normalised = (pixels / 255 - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(
-        CLIP_STD
-    ).view(3, 1, 1)
+    mean, std = clip_statistics()
+    normalised = (pixels / 255 - mean) / std
     with torch.inference_mode():
         expected, found = reference(normalised), tower(pixels)
     assert expected.std() > 0.1
@@ -178,7 +184,7 @@ def test_temporal_transformer_starts_as_the_official_one() -> None:
 
 def test_pixels_are_normalised_inside() -> None:
     tower = seeded()
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
+    mean, std = clip_statistics()
     floats = (images().double() / 255 - mean) / std
     torch.testing.assert_close(tower(images()), tower(floats), atol=1e-6, rtol=0)
     with pytest.raises(UserError, match="8x16 pixels; this tower takes 16x16"):

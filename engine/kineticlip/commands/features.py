@@ -24,14 +24,14 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from kineticlip.data.labels import read_labels
-    from kineticlip.data.lists import read_list
-    from kineticlip.data.loader import TestLoader
+    from kineticlip.data.scoring_loader import ScoringLoader
     from kineticlip.evaluation.feature_store import cut_of, facts_of, write_features
     from kineticlip.evaluation.ready import default_chunk, prepare
     from kineticlip.evaluation.recognizer import pick_device
+    from kineticlip.evaluation.run import listed_videos
     from kineticlip.methods import method_named
     from kineticlip.methods.method import as_video_model
+    from kineticlip.methods.trunk import statistics_of
     from kineticlip.runtime.errors import UserError
 
     config = configured(args)
@@ -39,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
         listed_in = args.list or config.data.val_list
         root = args.root or ("" if args.list else config.data.val_root)
         config = replace(config, data=replace(config.data, val_list=listed_in, val_root=root))
-    if not config.data.labels:
-        raise UserError("data.labels is not set: give --labels a label file or a built-in name")
-    if not config.data.val_list:
-        raise UserError("data.val_list is not set: give --list a list of videos")
-    class_names = read_labels(config.data.labels)
-    entries = read_list(config.data.val_list, config.data.val_root).entries
+    class_names, listed = listed_videos(config)
+    entries = listed.entries
+    if not entries:
+        raise UserError(f"{config.data.val_list}: no video to encode; {listed.summary()}")
+    if listed.empty or listed.short:
+        print(listed.summary(), file=sys.stderr)
     method, device = method_named(config.method), pick_device()
     model = method.build(config, class_names)
     if "visual" in as_video_model(model).untrained and config.model.weights != "random":
@@ -54,7 +54,12 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=len(entries), unit="video", disable=args.json) as bar:
         written, bad = write_features(
             args.out,
-            partial(TestLoader, config=config, pipeline=method.pipeline),
+            partial(
+                ScoringLoader,
+                config=config,
+                statistics=statistics_of(model),
+                pipeline=method.pipeline,
+            ),
             entries,
             encode=cut_of(config, method, model).encode,
             facts=facts,

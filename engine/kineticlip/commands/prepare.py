@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kineticlip.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from kineticlip.data.prepare import Checked, Source
+    from kineticlip.data.prepare import Checked, FoundVideos
 
 T = TypeVar("T")
 SHOWN = 20  # unreadable videos printed; all of them go to --bad and --json
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.classes is not None and not source.classes:
         raise UserError(f"--classes: not every video of {args.source} is in a class's folder")
     if folder is not None:
-        prepare.copies(source.entries, frames=bool(args.frames))
+        prepare.copy_targets(source.entries, frames=bool(args.frames))
     with _cache(args, source) as cache:
         results = prepare.check(
             source.entries,
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         checked = list(_progress(results, len(source.entries), "checked"))
     if folder is not None:
         good = [item for item in checked if not item.reason]
-        made = prepare.convert(
+        made = prepare.rewrite_videos(
             good,
             Path(folder),
             frames=bool(args.frames),
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
             workers=workers,
             frame_template=args.frame_template,
         )
-        converted = iter(list(_progress(made, len(good), "written")))
-        checked = [item if item.reason else next(converted) for item in checked]
+        rewritten = iter(list(_progress(made, len(good), "written")))
+        checked = [item if item.reason else next(rewritten) for item in checked]
     _write_lists(args, source, checked, folder is not None)
     checked.extend(source.refused)
     summary = prepare.summarise(checked)
@@ -116,7 +116,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--classes: only a folder with one subfolder a class has class names")
 
 
-def _cache(args: argparse.Namespace, source: Source) -> contextlib.AbstractContextManager[Any]:
+def _cache(args: argparse.Namespace, source: FoundVideos) -> contextlib.AbstractContextManager[Any]:
     from kineticlip.video.cache import ProbeCache, cache_path
 
     path = cache_path(args.cache, root=source.root, listed=source.name)
@@ -131,15 +131,15 @@ def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def _write_lists(
-    args: argparse.Namespace, source: Source, checked: list[Checked], converted: bool
+    args: argparse.Namespace, source: FoundVideos, checked: list[Checked], rewritten: bool
 ) -> None:
     from kineticlip.data import prepare
 
     if args.classes is not None:
         prepare.write_text(args.classes, "".join(f"{name}\n" for name in source.classes))
     if args.good is not None:
-        if converted:
-            text = prepare.plain_list(item.entry for item in checked if not item.reason)
+        if rewritten:
+            text = prepare.copies_list([item.entry for item in checked if not item.reason])
         else:
             text = prepare.without_bad_lines(source, checked)
         prepare.write_text(args.good, text)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,26 +27,12 @@ from kineticlip.data.randaugment import (
     draw_evl,
 )
 from kineticlip.data.sampling import ClipRandom
-from kineticlip.data.views import (
-    CLIP_MEAN,
-    CLIP_STD,
-    SOMETHING_SIZE,
-    Frames,
-    apply_pillow,
-    apply_tensor,
-    geometry,
-    normalise,
-    shorter_to,
-    text4vis_frame_size,
-)
+from kineticlip.data.statistics import PixelStatistics
+from kineticlip.data.views import Frames, normalise, shorter_to, text4vis_frame_size
 
 MIN_AREA = 0.08  # of the frame, smallest random crop
 ASPECTS = (3 / 4, 4 / 3)
 TRIES = 10
-
-# Something-Something classes that name a direction: mirrored clips change label ("pulling
-# something from left to right" and its like).
-MIRRORED_LABELS = {86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166}
 
 
 @dataclass(frozen=True)
@@ -57,6 +43,30 @@ class Box:
     y: int
     width: int
     height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PillowRules:
+    """What the training transforms of Text4Vis and BIKE do to one kind of data set.
+
+    frame_size: (width, height) that frames of any shape are brought to; None: by their short
+    side. multiscale: boxes of a few scales and places instead of random ones. gray: the share of
+    clips that lose their colours. mirrored: the labels that a mirrored clip changes.
+    """
+
+    frame_size: tuple[int, int] | None = None
+    multiscale: bool = False
+    gray: float = 0.2
+    mirrored: Mapping[int, int] = field(default_factory=dict)
+
+
+PLAIN_RULES = PillowRules()
+
+# Something-Something classes that name a direction: mirrored clips change label ("pulling
+# something from left to right" and its like).
+MIRRORED_LABELS = {86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166}
+TEXT4VIS_SOMETHING = PillowRules(frame_size=(320, 240), multiscale=True, mirrored=MIRRORED_LABELS)
+BIKE_SOMETHING = PillowRules(frame_size=(320, 256), gray=0.0, mirrored=MIRRORED_LABELS)
 
 
 @dataclass(frozen=True)
@@ -119,18 +129,17 @@ def plan_text4vis(
     *,
     size: int,
     rng: random.Random,
-    something: str = "",
+    rules: PillowRules = PLAIN_RULES,
     flip: bool = True,
 ) -> PillowPlan:
-    """Draws the released recipe of Text4Vis for frames of width x height.
+    """Draws the released recipe of Text4Vis or BIKE for frames of width x height.
 
-    Random box, mirror (one half), gray (one fifth, not for Something-Something), each once a clip.
-    `something` names the pipeline (text4vis, bike) whose Something-Something rules hold. With
-    `flip` off the mirror is drawn and ignored, so the other draws stay what they were.
+    Box, mirror (one half), gray, each once a clip (`utils/Augmentation.py` of both). With `flip`
+    off the mirror is drawn and ignored, so the other draws stay what they were.
     """
-    width, height = SOMETHING_SIZE.get(something) or text4vis_frame_size(width, height, size)
+    width, height = rules.frame_size or text4vis_frame_size(width, height, size)
     x = y = 0
-    if something == "text4vis":
+    if rules.multiscale:
         box: Box | None = draw_multiscale_box(width, height, size, rng)
     else:
         box = draw_text4vis_box(width, height, rng)
@@ -139,7 +148,7 @@ def plan_text4vis(
             x = rng.randint(0, w - size)
             y = rng.randint(0, h - size)
     mirror = rng.random() < 0.5
-    gray = rng.random() < (0.0 if something else 0.2)
+    gray = rng.random() < rules.gray
     return PillowPlan(width, height, box, x, y, mirror and flip, gray)
 
 
@@ -181,18 +190,11 @@ def draw_evl_box(width: int, height: int, rng: ClipRandom) -> Box:
     return Box((width - w) // 2, (height - h) // 2, w, h)
 
 
-def apply_evl(
-    frames: Frames,
-    box: Box,
-    size: int,
-    *,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
-) -> Tensor:
+def apply_evl(frames: Frames, box: Box, size: int, *, statistics: PixelStatistics) -> Tensor:
     """Cuts and resizes normalised frames: uint8 [T, H, W, 3] -> float32 [T, 3, S, S]."""
     cut = frames[:, box.y : box.y + box.height, box.x : box.x + box.width]
     pixels = functional.interpolate(
-        normalise(cut, mean, std), size=(size, size), mode="bilinear", align_corners=False
+        normalise(cut, statistics), size=(size, size), mode="bilinear", align_corners=False
     )  # [3, T, S, S]
     return pixels.transpose(0, 1).contiguous()  # [T, 3, S, S]
 
@@ -206,35 +208,30 @@ def randaugment_clip(frames: Frames, rng: ClipRandom) -> Frames:
     return np.stack([np.asarray(image) for image in images])
 
 
-def augment(
-    frames: Frames, label: int, data: DataConfig, pipeline: str, rng: ClipRandom
+def augment_pillow(
+    frames: Frames, label: int, data: DataConfig, rng: ClipRandom, *, rules: PillowRules
 ) -> tuple[Tensor, int]:
-    """The training pixels of one clip, and its label (a mirrored clip may change it).
+    """Text4Vis's and BIKE's way: uint8 [T, H, W, 3] -> uint8 [T, 3, S, S], and the label.
 
-    frames: uint8 [T, H, W, 3] -> uint8 [T, 3, S, S], or float32 normalised for evl.
-    data.augmentation: `none` gives the centre view; `released` what the official code does;
-    `published` adds, for Text4Vis, the RandAugment that its published runs logged.
+    data.augmentation `published` adds the RandAugment that Text4Vis's published runs logged.
     """
     size, height, width = data.resolution, frames.shape[1], frames.shape[2]
-    something = pipeline if data.something else ""
-    if data.augmentation == "none":
-        centre = geometry(
-            width, height, size=size, crops=1, pipeline=pipeline, something=data.something
-        )
-        cut = apply_tensor if pipeline == "evl" else apply_pillow
-        return cut(frames, centre)[:, 0], label
-    if pipeline == "evl":
-        frames = randaugment_clip(frames, rng)
-        return apply_evl(frames, draw_evl_box(width, height, rng), size), label
     images = [Image.fromarray(frame) for frame in frames]
     if data.augmentation == "published":
         images = [
             apply_steps(image, draw_actionclip(rng, width, height), ACTIONCLIP_STYLE)
             for image in images
         ]
-    plan = plan_text4vis(
-        width, height, size=size, rng=rng.python, something=something, flip=data.flip
-    )
-    if plan.flip and something:
-        label = MIRRORED_LABELS.get(label, label)
+    plan = plan_text4vis(width, height, size=size, rng=rng.python, rules=rules, flip=data.flip)
+    if plan.flip:
+        label = rules.mirrored.get(label, label)
     return apply_text4vis(images, plan, size), label
+
+
+def augment_evl(
+    frames: Frames, size: int, rng: ClipRandom, *, statistics: PixelStatistics
+) -> Tensor:
+    """EVL's and Vita-CLIP's way: uint8 [T, H, W, 3] -> float32 [T, 3, S, S], normalised."""
+    height, width = frames.shape[1], frames.shape[2]
+    frames = randaugment_clip(frames, rng)
+    return apply_evl(frames, draw_evl_box(width, height, rng), size, statistics=statistics)

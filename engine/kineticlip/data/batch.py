@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kineticlip.data.statistics import CLIP_STATISTICS, PixelStatistics
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -27,7 +29,8 @@ class VideoViews:
     images: uint8 [U, V, 3, S, S] (U distinct frames, V distinct crops), or float32 already
     normalised. View (crop i, clip k) shows images[frame_index[k], crop_index[i]]; views are
     numbered crop-major, as in the official codes. frame_index: int64 [K, T]; crop_index: int64
-    [crops]. notes: why its frames were read another way than planned.
+    [crops]. notes: why its frames were read another way than planned. statistics: what float32
+    images were normalised with.
     """
 
     name: str
@@ -38,6 +41,7 @@ class VideoViews:
     decoder: str
     num_frames: int
     notes: tuple[str, ...] = ()
+    statistics: PixelStatistics = CLIP_STATISTICS
 
     @property
     def num_views(self) -> int:

@@ -11,19 +11,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 
 from kineticlip.config import Config
+from kineticlip.data.ahead import run_ahead
 from kineticlip.data.batch import BadVideo, VideoViews
 from kineticlip.data.entries import Entry
-from kineticlip.data.loader import open_entry, pipeline_of, run_ahead, scoring_cache, views_of
-from kineticlip.data.sampling import sample_test
-from kineticlip.data.views import Geometry, apply_tensor, geometry
+from kineticlip.data.opening import open_entry, scoring_cache
+from kineticlip.data.pipelines import pipeline_of
+from kineticlip.data.scoring_loader import check_views, views_of
+from kineticlip.data.statistics import PixelStatistics
 from kineticlip.video import Plan, ProbeCache, VideoError, VideoSource, plan_frames
 from kineticlip.video.batch_reader import BatchReader, Decoded, Request
-from kineticlip_kernels.patches import cut_crops
 
 BATCH = 16  # videos in one run of the decoder
 NO_ROOM = "read on the CPU: out of device memory"
@@ -64,12 +64,13 @@ class DeviceLoader:
         config: Config,
         *,
         device: torch.device,
+        statistics: PixelStatistics,
         pipeline: str = "text4vis",
         cache: ProbeCache | None = None,
     ) -> None:
         self._rules = pipeline_of(config.data, pipeline)
-        sample_test(1, config.data, config.test, self._rules)  # settings that no video can meet
-        geometry(64, 64, size=32, crops=config.test.crops, pipeline=self._rules)
+        check_views(config, self._rules)
+        self._statistics = statistics
         self.entries, self._config = entries, config
         self._cache = scoring_cache(config.data, cache)
         self._device = device
@@ -130,7 +131,13 @@ class DeviceLoader:
     def _on_cpu(self, entry: Entry) -> VideoViews | BadVideo:
         """The views of a video as the threads make them; they travel in the evaluation loop."""
         try:
-            video = views_of(entry, self._config, pipeline=self._rules, cache=self._cache)
+            video = views_of(
+                entry,
+                self._config,
+                statistics=self._statistics,
+                pipeline=self._rules.name,
+                cache=self._cache,
+            )
         except VideoError as error:
             return BadVideo(entry.name, entry.label, error.reason)
         return replace(video, notes=(*video.notes, NO_ROOM))
@@ -143,12 +150,14 @@ class DeviceLoader:
         with ThreadPoolExecutor(self._config.data.workers) as pool:
             opened = list(pool.map(self._open, entries))
         requests = [item.request for item in opened if isinstance(item, _Opened)]
-        read = iter(self._reader.read(requests))
+        results = self._reader.read(requests)
+        assert len(results) == len(requests), "a result for every request, in its place"
+        read = iter(results)
         for item in opened:
             if isinstance(item, BadVideo):
                 yield item
                 continue
-            frames = next(islice(read, 1))
+            frames = next(read)
             if isinstance(frames, VideoError):
                 yield BadVideo(item.entry.name, item.entry.label, frames.reason)
             else:
@@ -160,44 +169,29 @@ class DeviceLoader:
         except VideoError as error:
             return BadVideo(entry.name, entry.label, error.reason)
         config = self._config
-        plan = plan_frames(sample_test(count, config.data, config.test, self._rules))
+        plan = plan_frames(self._rules.sample_test(count, config.data, config.test))
         numbers = tuple(first + number for number in plan.frames)
         request = Request(video=source, numbers=numbers)
         return _Opened(entry=entry, source=source, plan=plan, request=request, count=count)
 
     def _cut(self, item: _Opened, decoded: Decoded) -> VideoViews:
-        shape = self._geometry(item.source)
-        crops, place = shape.distinct()
-        if self._rules == "evl":
-            images = apply_tensor(
-                decoded.frames, shape, crops=crops, numbers=item.plan.frames, count=item.count
-            )
-        else:
-            images = cut_crops(
-                decoded.frames,
-                [(crop.x, crop.y, crop.flip) for crop in crops],
-                width=shape.width,
-                height=shape.height,
-                side=shape.size,
-            )  # [U, V, 3, S, S]
+        width, height = item.source.width, item.source.height
+        shape = self._rules.geometry(width, height, self._config.data, self._config.test.crops)
+        images = self._rules.cut_on_device(
+            decoded.frames,
+            shape,
+            numbers=item.plan.frames,
+            count=item.count,
+            statistics=self._statistics,
+        )  # [U, V, 3, S, S]
         return VideoViews(
             name=item.entry.name,
             label=item.entry.label,
             images=images,
             frame_index=torch.from_numpy(item.plan.index).to(images.device),
-            crop_index=torch.from_numpy(place).to(images.device),
+            crop_index=torch.from_numpy(shape.distinct()[1]).to(images.device),
             decoder=decoded.decoder,
             num_frames=item.count,
             notes=decoded.notes,
-        )
-
-    def _geometry(self, source: VideoSource) -> Geometry:
-        data = self._config.data
-        return geometry(
-            source.width,
-            source.height,
-            size=data.resolution,
-            crops=self._config.test.crops,
-            pipeline=self._rules,
-            something=data.something,
+            statistics=self._statistics,
         )

@@ -1,6 +1,6 @@
-"""Which videos and which classes: list files, label files, K-shot subsets.
+"""Which videos a list file names, and which of them a run takes.
 
-`read_list` knows seven line formats and tells them apart by the first line:
+`read_list` knows seven line formats (`list_formats`) and tells them apart by the first line:
 
     path label                  videos (Text4Vis, EVL)
     path frames label           folders of frames; ActivityNet's instance lists are these
@@ -15,27 +15,18 @@ Every other line must follow; the first that does not is an error with its numbe
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kineticlip.config import Config
 from kineticlip.data.entries import Entry, VideoList
 from kineticlip.data.few_shot import few_shot
 from kineticlip.data.labels import read_text
+from kineticlip.data.list_formats import BadLine, NotAnInteger, format_of
 from kineticlip.runtime.errors import UserError
 
 CHARADES_RATE = 24.0  # frames a second of the frame folders that BIKE extracts
-QUOTE_HINT = "a path with spaces goes in double quotes"
-
-
-class _BadLine(ValueError):
-    """What is wrong with a line; `read_list` adds where."""
 
 
 def read_list(
@@ -54,20 +45,18 @@ def read_list(
     0..num_classes-1 included.
     """
     text, digest = read_text(path, "list")
-    rows, parse = _format_of(text, rate)
+    form = format_of(text)
     entries: list[Entry] = []
     short, empty, lines = [], [], []
-    for number, row in rows:
+    for number, row in form.rows(text):
         try:
-            entry = parse(row)
-            for label in (entry.label,) if entry.labels is None else entry.labels:
-                if label < 0 or (num_classes is not None and label >= num_classes):
-                    allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
-                    raise _BadLine(f"label {label} is out of range: expected {allowed}")
-        except _BadLine as error:
-            first = not entries and "not an integer" in str(error)
-            hint = "; if this is a header, leave it out" if first else ""
+            entry = form.parse(row, rate)
+            _check_labels(entry, num_classes)
+        except NotAnInteger as error:
+            hint = "" if entries else "; if this is a header, leave it out"
             raise UserError(f"{path}:{number}: {error}{hint}") from None
+        except BadLine as error:
+            raise UserError(f"{path}:{number}: {error}") from None
         if entry.num_frames == 0:
             empty.append(entry.name)
         elif 0 < entry.num_frames < min_frames:
@@ -88,123 +77,11 @@ def read_list(
     )
 
 
-def _format_of(text: str, rate: float) -> tuple[Iterable[tuple[int, Any]], Callable[[Any], Entry]]:
-    """Numbered rows of a list, and what makes an entry of one; the first line decides."""
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        return lines, _video_line
-    first = lines[0][1]
-    header = {word.strip() for word in first.split(",")}
-    if {"video_id", "label", "start_time", "end_time", "total_time"} <= header:
-        return _csv_rows(text), lambda row: _charades_stretch(row, rate)
-    if {"id", "actions", "length"} <= header:
-        return _csv_rows(text), _charades_video
-    fields = _split_path(first)[1]
-    if fields and _is_integer(fields[-1]):
-        return lines, _frames_line if len(fields) == 2 else _video_line
-    if "," in first and not first.lstrip().startswith('"'):
-        return lines, _comma_line
-    return lines, _video_line if fields else _path_line
-
-
-def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(text))
-    for row in reader:
-        yield reader.line_num, row
-
-
-def _split_path(line: str) -> tuple[str, list[str]]:
-    """The path, quoted or up to the first space, and the fields after it."""
-    if '"' in line:
-        quoted = re.match(r'\s*"([^"]*)"[\s,]*(.*)', line)
-        if quoted:
-            return quoted[1], quoted[2].split()
-    path, *fields = line.split()
-    return path, fields
-
-
-def _video_line(line: str) -> Entry:
-    path, fields = _split_path(line)
-    if len(fields) != 1:
-        raise _BadLine(f"expected 'path label', got {1 + len(fields)} fields; {QUOTE_HINT}")
-    return Entry(path, path, _integer(fields[0], "label"))
-
-
-def _path_line(line: str) -> Entry:
-    path, fields = _split_path(line)
-    if fields:
-        raise _BadLine(
-            f"expected a path alone, as in the first line, got {1 + len(fields)} fields; "
-            f"{QUOTE_HINT}"
-        )
-    if re.search(r"[;|:]\d+$", path):
-        raise _BadLine(f"{path!r} looks like a path and a label; write a space or a comma between")
-    return Entry(path, path, -1, labels=())
-
-
-def _frames_line(line: str) -> Entry:
-    path, fields = _split_path(line)
-    if len(fields) != 2:
-        raise _BadLine(f"expected 'path frames label', got {1 + len(fields)} fields; {QUOTE_HINT}")
-    if not _is_integer(fields[0]):
-        raise _BadLine(f"{fields[0]!r} is not a number of frames; {QUOTE_HINT}")
-    frames = _integer(fields[0], "number of frames")
-    if frames < 0:
-        raise _BadLine(f"the number of frames is negative: {frames}")
-    return Entry(path, path, _integer(fields[1], "label"), num_frames=frames)
-
-
-def _comma_line(line: str) -> Entry:
-    path, comma, label = line.strip().rpartition(",")
-    if not comma or not path:
-        raise _BadLine("expected 'path,label'")
-    path = path.strip().strip('"')
-    return Entry(path, path, _integer(label, "label"))
-
-
-def _charades_stretch(row: dict[str, str], rate: float) -> Entry:
-    """A labelled stretch of a Charades video, cut as BIKE cuts it; some are empty."""
-    start, end, total = (_number(row, key) for key in ("start_time", "end_time", "total_time"))
-    length = max(0, int(min(end, total) * rate - start * rate)) if end > start else 0
-    video = row["video_id"]
-    return Entry(
-        f"{video} {row['start_time']}-{row['end_time']}",
-        video,
-        _charades_class(row["label"]),
-        num_frames=length,
-        first=int(start * rate),
-        length=length,
-    )
-
-
-def _charades_video(row: dict[str, str]) -> Entry:
-    """A whole Charades video; `actions` reads `c092 11.90 21.20;c147 0.00 12.60`, or is empty."""
-    actions = [action.split()[0] for action in (row["actions"] or "").split(";") if action.strip()]
-    labels = tuple(sorted({_charades_class(action) for action in actions}))
-    return Entry(row["id"], row["id"], -1, labels=labels)
-
-
-def _charades_class(word: str | None) -> int:
-    if not word or not re.fullmatch(r"c\d{3}", word):
-        raise _BadLine(f"expected a class like c092, got {word!r}")
-    return int(word[1:])
-
-
-def _number(row: dict[str, str], key: str) -> float:
-    try:
-        return float(row[key])
-    except (TypeError, ValueError):
-        raise _BadLine(f"{key} is not a number: {row[key]!r}") from None
-
-
-def _is_integer(word: str) -> bool:
-    return (word[1:] if word[:1] in ("+", "-") else word).isdecimal()
-
-
-def _integer(word: str, what: str) -> int:
-    if not _is_integer(word.strip()):
-        raise _BadLine(f"the {what} is not an integer: {word.strip()!r}")
-    return int(word)
+def _check_labels(entry: Entry, num_classes: int | None) -> None:
+    for label in (entry.label,) if entry.labels is None else entry.labels:
+        if label < 0 or (num_classes is not None and label >= num_classes):
+            allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
+            raise BadLine(f"label {label} is out of range: expected {allowed}")
 
 
 def training_list(config: Config, num_classes: int) -> VideoList:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kineticlip.data.entries import Entry, VideoList
+from kineticlip.data.list_writer import list_text
 from kineticlip.data.lists import read_list
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.files import write_atomic
@@ -25,7 +26,7 @@ SUFFIXES = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class FoundVideos:
     """What is to be checked: entries, the list file they came from, or the folder.
 
     text: the lines of the list file, and line: where in it each entry stands, from 1; both empty
@@ -55,12 +56,12 @@ class Checked:
     damaged: int = -1
 
 
-def find_videos(source: str | Path, root: str | Path = "") -> Source:
+def find_videos(source: str | Path, root: str | Path = "") -> FoundVideos:
     """The videos of a list file, or of a folder and its subfolders. Raises UserError."""
     if not Path(source).is_dir():
         listed: VideoList = read_list(source, root)
         text = Path(source).read_text(encoding="utf-8-sig").split("\n")
-        return Source(
+        return FoundVideos(
             name=str(source),
             root=str(root),
             entries=listed.entries,
@@ -87,7 +88,7 @@ def find_videos(source: str | Path, root: str | Path = "") -> Source:
             refused.append(Checked(entry=Entry(shown, str(path), label), reason=reason))
         else:
             entries.append(Entry(str(name), str(path), label))
-    return Source(
+    return FoundVideos(
         name=str(source),
         root=str(source),
         entries=tuple(entries),
@@ -157,7 +158,7 @@ def _decode_all(found: Scan) -> int:
     return damaged
 
 
-def convert(
+def rewrite_videos(
     good: Sequence[Checked],
     folder: Path,
     *,
@@ -170,9 +171,9 @@ def convert(
 
     frames: as folders of JPEG files, else as MP4. The result's entries are the new videos; one that
     fails keeps its old entry and has a reason. A video listed twice is written once. Errors as
-    `copies`.
+    `copy_targets`.
     """
-    targets = copies([item.entry for item in good], frames=frames)
+    targets = copy_targets([item.entry for item in good], frames=frames)
     write = extract_frames if frames else reencode
 
     def one(path: str) -> int | str:
@@ -182,7 +183,7 @@ def convert(
         except VideoError as error:
             return error.reason
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="kineticlip-convert")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="kineticlip-rewrite")
     try:
         jobs = {path: pool.submit(one, path) for path in targets}
         for item in good:
@@ -198,7 +199,7 @@ def convert(
         pool.shutdown(cancel_futures=True)
 
 
-def copies(entries: Iterable[Entry], *, frames: bool) -> dict[str, Path]:
+def copy_targets(entries: Iterable[Entry], *, frames: bool) -> dict[str, Path]:
     """Path of each video -> where in a folder its copy will be.
 
     Raises UserError for names that leave the folder or meet in it.
@@ -219,33 +220,26 @@ def _target(name: str, frames: bool) -> Path:
     return path
 
 
-def without_bad_lines(source: Source, checked: Sequence[Checked]) -> str:
-    """The list file without the lines of unreadable videos; of a folder, a plain list.
+def without_bad_lines(source: FoundVideos, checked: Sequence[Checked]) -> str:
+    """The list file without the lines of unreadable videos; of a folder, a new list.
 
     checked: of the source's entries, in their order.
     """
     if not source.text:
-        return plain_list([item.entry for item in checked if not item.reason])
+        return list_text([item.entry for item in checked if not item.reason])
     bad = {line for line, item in zip(source.line, checked, strict=True) if item.reason}
     return "\n".join(text for number, text in enumerate(source.text, 1) if number not in bad)
 
 
-def plain_list(entries: Iterable[Entry]) -> str:
-    """Lines `path label`, or `path frames label`, or `path` alone where there are no labels.
-
-    Raises UserError for entries that such a line cannot hold.
-    """
-    lines = []
+def copies_list(entries: Sequence[Entry]) -> str:
+    """The list of rewritten videos. Raises UserError for entries that are more than a video."""
     for entry in entries:
-        if entry.labels or entry.length >= 0 or '"' in entry.name:
+        if entry.labels or entry.length >= 0:
             raise UserError(
-                f"{entry.name}: several labels, stretches of videos and quotes do not fit a plain "
-                "list; rewrite the folder of videos instead of its list"
+                f"{entry.name}: several labels and stretches do not fit the list of copies; "
+                "rewrite the folder of videos instead of its list"
             )
-        name = f'"{entry.name}"' if any(c.isspace() or c == "," for c in entry.name) else entry.name
-        counted = [entry.num_frames, entry.label] if entry.num_frames >= 0 else [entry.label]
-        lines.append(" ".join([name, *map(str, counted if entry.label >= 0 else [])]))
-    return "".join(f"{line}\n" for line in lines)
+    return list_text(entries)
 
 
 def bad_list(checked: Sequence[Checked]) -> str:

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kineticlip.config import DataConfig, ViewConfig
-from kineticlip.runtime.errors import UserError
-
 Indices = NDArray[np.int64]
 
 DENSE_SPAN = 128  # frames that a Text4Vis dense clip reaches over
@@ -140,42 +137,3 @@ def strided_test(count: int, num_frames: int, stride: int, clips: int) -> Indice
     else:
         starts = np.rint(slide / (clips - 1) * np.arange(clips)).astype(np.int64)
     return np.minimum(starts[:, None] + offsets, count - 1)  # [K, T]
-
-
-def sample_train(count: int, data: DataConfig, pipeline: str, rng: ClipRandom) -> Indices:
-    """The frames of one training clip under a pipeline's official rules. -> [T]
-
-    `data.sampling` dense means Text4Vis's 128-frame span, or a stride of `data.sampling_rate`
-    for evl; uniform means segments.
-    """
-    dense = data.sampling == "dense"
-    if pipeline == "evl":
-        if dense:
-            return strided_train(count, data.num_frames, data.sampling_rate, rng.numpy)
-        return segment_train(count, data.num_frames, rng.numpy)
-    if dense:
-        return text4vis_dense_train(count, _dense_frames(data.num_frames), rng.numpy)
-    if pipeline == "bike":
-        return bike_train(count, data.num_frames, rng.python)
-    return text4vis_uniform_train(count, data.num_frames, rng.numpy)
-
-
-def sample_test(count: int, data: DataConfig, views: ViewConfig, pipeline: str) -> Indices:
-    """The frames of every clip of one test video under a pipeline's official rules. -> [K, T]"""
-    dense = views.sampling == "dense"
-    if pipeline == "evl":
-        if dense:
-            return strided_test(count, data.num_frames, data.sampling_rate, views.clips)
-        return segment_test(count, data.num_frames, views.clips)
-    if dense:
-        return text4vis_dense_test(count, _dense_frames(data.num_frames), views.clips)
-    return text4vis_uniform_test(count, data.num_frames, views.clips)
-
-
-def _dense_frames(num_frames: int) -> int:
-    if num_frames > DENSE_SPAN:
-        raise UserError(
-            f"dense sampling spreads at most {DENSE_SPAN} frames over {DENSE_SPAN}, got "
-            f"data.num_frames={num_frames}; use sampling: uniform"
-        )
-    return num_frames

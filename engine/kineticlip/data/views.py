@@ -17,14 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from kineticlip.data.statistics import PixelStatistics
 from kineticlip.runtime.errors import UserError
-
-# The statistics of CLIP's own training images, RGB in 0..1.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# Something-Something frames are brought to one (width, height), whatever their shape.
-SOMETHING_SIZE = {"text4vis": (320, 240), "bike": (320, 256)}
 
 Frames = NDArray[np.uint8]
 
@@ -110,16 +104,6 @@ def evl_boxes(width: int, height: int, *, size: int, crops: int) -> tuple[Crop, 
     return tuple(Crop(*corner) for corner in corners)
 
 
-def geometry(
-    width: int, height: int, *, size: int, crops: int, pipeline: str, something: bool = False
-) -> Geometry:
-    """The views of a pipeline (text4vis, bike or evl) for a frame of width x height."""
-    if pipeline == "evl":
-        return evl_geometry(width, height, size=size, crops=crops)
-    fixed = SOMETHING_SIZE[pipeline] if something else None
-    return text4vis_geometry(width, height, size=size, crops=crops, fixed=fixed)
-
-
 def text4vis_frame_size(width: int, height: int, size: int) -> tuple[int, int]:
     """(width, height) of a frame before crops of `size`: short side 256 for 224, else `size`."""
     return shorter_to(width, height, 256 if size == 224 else size)
@@ -174,11 +158,12 @@ def cut_into(image: Frames, planes: Frames, crop: Crop) -> None:
     ]
 
 
-def normalise(frames: Frames | Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(frames: Frames | Tensor, statistics: PixelStatistics) -> Tensor:
     """Normalised float32 planes in EVL's layout: uint8 [U, H, W, 3] -> [3, U, H, W]."""
     planes = torch.as_tensor(frames).permute(3, 0, 1, 2).contiguous()
     pixels = planes.to(torch.float32).div_(255.0)
-    shift, scale = (pixels.new_tensor(values).view(3, 1, 1, 1) for values in (mean, std))
+    shift = pixels.new_tensor(statistics.mean).view(3, 1, 1, 1)
+    scale = pixels.new_tensor(statistics.std).view(3, 1, 1, 1)
     return pixels.sub_(shift).div_(scale)
 
 
@@ -186,11 +171,10 @@ def apply_tensor(
     frames: Frames | Tensor,
     geometry: Geometry,
     *,
+    statistics: PixelStatistics,
     crops: Sequence[Crop] | None = None,
     numbers: Sequence[int] | None = None,
     count: int = 0,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
 ) -> Tensor:
     """Normalises, resizes, cuts: uint8 [U, H, W, 3] -> float32 [U, V, 3, S, S].
 
@@ -203,7 +187,7 @@ def apply_tensor(
     size = geometry.size
     order, place = _official_lanes(np.arange(len(frames)) if numbers is None else numbers, count)
     resized = functional.interpolate(
-        normalise(frames[order], mean, std),
+        normalise(frames[order], statistics),
         size=(geometry.height, geometry.width),
         mode="bilinear",
         align_corners=False,

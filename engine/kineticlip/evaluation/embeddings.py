@@ -15,11 +15,12 @@ from tqdm import tqdm
 from kineticlip.config import Config
 from kineticlip.data.batch import BadVideo
 from kineticlip.data.entries import Entry
-from kineticlip.data.loader import TestLoader
+from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.evaluation.loop import Scored, score_stream
 from kineticlip.evaluation.ready import default_chunk, prepare
 from kineticlip.methods import METHODS, method_named
 from kineticlip.methods.text4vis import embed_videos, video_model
+from kineticlip.methods.trunk import statistics_of
 from kineticlip.runtime.errors import UserError
 
 
@@ -46,7 +47,7 @@ def video_embeddings(
     stream = score_stream(
         model,
         replace(text4vis, score=embed_videos),
-        TestLoader(entries, config, pipeline=text4vis.pipeline),
+        ScoringLoader(entries, config, statistics=statistics_of(model), pipeline=text4vis.pipeline),
         device=device,
         chunk=config.eval.batch_frames or default_chunk(device),
     )

@@ -23,10 +23,13 @@ from torch import Tensor, nn
 from kineticlip.config import Config
 from kineticlip.data.batch import BadVideo, Batch, VideoViews
 from kineticlip.data.entries import Entry
-from kineticlip.data.loader import TrainLoader, pipeline_of
+from kineticlip.data.order import order_of
+from kineticlip.data.pipelines import pipeline_of
+from kineticlip.data.statistics import CLIP_STATISTICS
 from kineticlip.formats.files import write_safetensors
 from kineticlip.methods import METHODS
 from kineticlip.methods.method import Cut, Method
+from kineticlip.methods.trunk import statistics_of
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.journal import Journal, first_difference, read_journal
 
@@ -51,12 +54,15 @@ def cut_of(config: Config, method: Method, model: nn.Module) -> Cut:
 def facts_of(config: Config, method: Method, model: nn.Module) -> Facts:
     """What features depend on beside the videos: rows of equal facts are interchangeable."""
     data = config.data
+    pipeline, statistics = pipeline_of(data, method.pipeline), statistics_of(model)
+    normalised = pipeline.dtype == torch.float32 and statistics != CLIP_STATISTICS
     return {
+        **({"statistics": [*statistics.mean, *statistics.std]} if normalised else {}),
         "format": FORMAT,
         "rows": cut_of(config, method, model).name,
         "arch": config.model.arch,
         "trunk": _digest(model),
-        "pipeline": pipeline_of(data, method.pipeline),
+        "pipeline": pipeline.name,
         "num_frames": data.num_frames,
         "resolution": data.resolution,
         "something": data.something,
@@ -219,7 +225,7 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class FeatureViews:
-    """Stands for a TestLoader: every world-th entry from rank on, from a store."""
+    """Stands for a ScoringLoader: every world-th entry from rank on, from a store."""
 
     store: FeatureStore
     entries: Sequence[Entry]
@@ -254,17 +260,17 @@ class FeatureClips:
         }
         self.refilled = 0
         self._store = store
-        good = [entry for entry in entries if entry.name not in self.bad]
-        self._order = TrainLoader(good, config, rank=rank, world=world)
+        self._good = [entry for entry in entries if entry.name not in self.bad]
+        self._order = order_of(self._good, config, rank=rank, world=world)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._order.batches
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from micro-batch `start` on; pixels: rows [B, T, ...]."""
         for number in range(epoch * len(self) + start, (epoch + 1) * len(self)):
             places = [self._order.locate(place) for place in self._order.places(number)]
-            entries = [self._order.entries[index] for _, index in places]
+            entries = [self._good[index] for _, index in places]
             yield Batch(
                 pixels=torch.stack([self._clip(*place) for place in places]),
                 labels=torch.tensor([entry.label for entry in entries]),
@@ -272,7 +278,7 @@ class FeatureClips:
             )
 
     def _clip(self, turn: int, index: int) -> Tensor:
-        video = self._store.read(self._order.entries[index])
+        video = self._store.read(self._good[index])
         assert isinstance(video, VideoViews)
         crop, clip = divmod((turn + index) % video.num_views, len(video.frame_index))
         rows: Tensor = video.images[video.frame_index[clip], video.crop_index[crop]]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from kineticlip.data.batch import BadVideo, VideoViews
 from kineticlip.evaluation.results import ResultWriter
 from kineticlip.methods.method import Method
-from kineticlip.models.architectures import CLIP_MEAN, CLIP_STD
 
 # A full group is scored again, to know the model's own speed; one view of a video where that would
 # take longer than CEILING_LIMIT, and nothing where even that would, and a quarter of the run.
@@ -322,7 +321,7 @@ def _pictures(video: VideoViews) -> NDArray[np.uint8]:
     """Kept frames as pictures, uint8 [n, S, S, 3]; normalised ones are brought back to pixels."""
     frames = video.images[:, 0].permute(0, 2, 3, 1)  # [n, S, S, 3]
     if frames.dtype != torch.uint8:
-        mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+        mean, std = torch.tensor(video.statistics.mean), torch.tensor(video.statistics.std)
         frames = ((frames.float() * std + mean) * 255).round().clamp(0, 255).byte()
     return frames.cpu().numpy()
 

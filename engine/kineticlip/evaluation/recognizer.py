@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from kineticlip.config import EIGHT_BITS, Config, Text4VisConfig, config_from_dict
 from kineticlip.data.batch import BadVideo, VideoViews
-from kineticlip.data.loader import views_of
+from kineticlip.data.scoring_loader import views_of
+from kineticlip.data.statistics import PixelStatistics
 from kineticlip.evaluation.loop import Scored, compare_precisions, score_stream
 from kineticlip.evaluation.ready import default_chunk, prepare
 from kineticlip.evaluation.results import UNTRAINED
@@ -21,6 +22,7 @@ from kineticlip.formats import read_checkpoint
 from kineticlip.formats.trained import load_weights
 from kineticlip.methods import method_named
 from kineticlip.methods.method import Method, as_video_model
+from kineticlip.methods.trunk import statistics_of
 from kineticlip.models.architectures import architecture, recognise
 from kineticlip.models.weights import resolve_weights
 from kineticlip.runtime.errors import UserError
@@ -39,6 +41,7 @@ class Recognizer:
     device: torch.device
     reference: nn.Module | None  # the same in bf16, where precision is 8 bits, to compare
     weights: str  # what identifies the tensors: SHA-256 of the file, or UNTRAINED
+    statistics: PixelStatistics  # that the weights want pixels to be normalised with
 
     @property
     def untrained(self) -> bool:
@@ -59,7 +62,9 @@ class Recognizer:
 
         Raises VideoError where it cannot be decoded.
         """
-        views = views_of(video, self.config, pipeline=self.method.pipeline)
+        views = views_of(
+            video, self.config, statistics=self.statistics, pipeline=self.method.pipeline
+        )
         stream = score_stream(
             self.model, self.method, [views], device=self.device, chunk=self.chunk
         )
@@ -168,6 +173,7 @@ def load_recognizer(
     identity = UNTRAINED
     if config.model.weights != "random":
         identity = resolve_weights(config.model.arch, config.model.weights).fingerprint
+    statistics = statistics_of(model)
     compiling = (
         config.eval.compile == "always" and config.eval.precision != "int8"
     )  # packs by itself
@@ -187,6 +193,7 @@ def load_recognizer(
         reference=reference,
         device=device,
         weights=identity,
+        statistics=statistics,
     )
 
 

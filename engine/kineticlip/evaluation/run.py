@@ -15,7 +15,7 @@ from kineticlip.data.device_loader import DeviceLoader, why_not_on_device
 from kineticlip.data.entries import Entry, VideoList
 from kineticlip.data.labels import read_labels
 from kineticlip.data.lists import scoring_list
-from kineticlip.data.loader import TestLoader
+from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.evaluation.feature_store import FeatureViews, open_store
 from kineticlip.evaluation.loop import evaluate_videos
 from kineticlip.evaluation.processes import check_same_run, remove_run, take_over_parts
@@ -26,7 +26,7 @@ from kineticlip.evaluation.results import ResultWriter, earlier_summary, protoco
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.machine import machine_record
 
-Loader = TestLoader | DeviceLoader | FeatureViews
+Loader = ScoringLoader | DeviceLoader | FeatureViews
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +205,14 @@ def _loader(recognizer: Recognizer, todo: Sequence[Entry]) -> tuple[Loader, str]
         return FeatureViews(store, todo), "features"
     why_not = why_not_on_device(config, recognizer.device)
     if why_not:
-        return TestLoader(todo, config, pipeline=rules), why_not
-    loader = DeviceLoader(todo, config, device=recognizer.device, pipeline=rules)
+        return ScoringLoader(
+            todo, config, statistics=recognizer.statistics, pipeline=rules
+        ), why_not
+    loader = DeviceLoader(
+        todo,
+        config,
+        device=recognizer.device,
+        statistics=recognizer.statistics,
+        pipeline=rules,
+    )
     return loader, loader.choice

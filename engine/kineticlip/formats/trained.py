@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kineticlip.config import Config, config_to_dict
@@ -15,6 +16,8 @@ from kineticlip.formats.convert import save_checkpoint
 from kineticlip.formats.load import read_checkpoint
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.version import __version__
+
+OWN = {"config", "class_names", "step", "classifier"}  # metadata of files that training writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +54,25 @@ def export_weights(
     save_checkpoint(path, dict(tensors), {"version": __version__, **metadata})
 
 
+def trained_from(path: str | Path) -> str:
+    """model.weights of the run that wrote a file, "" for other files; reads its header alone."""
+    if Path(path).suffix != ".safetensors":
+        return ""
+    try:
+        with safe_open(path, framework="np") as file:
+            facts = file.metadata() or {}
+        return str(json.loads(facts["config"])["model"]["weights"]) if OWN <= facts.keys() else ""
+    except (OSError, ValueError, SafetensorError):
+        return ""  # whoever reads its tensors says what is wrong with it
+
+
 def load_weights(path: str | Path) -> TrainedWeights:
     """Reads weights of any known format; UserError for a file of none, or a damaged one."""
     checkpoint = read_checkpoint(path)
-    own = {"config", "class_names", "step", "classifier"}
-    if not own <= checkpoint.metadata.keys():
+    if not OWN <= checkpoint.metadata.keys():
         return TrainedWeights(tensors=checkpoint.tensors)
     try:
-        facts = {key: json.loads(checkpoint.metadata[key]) for key in own}
+        facts = {key: json.loads(checkpoint.metadata[key]) for key in OWN}
     except ValueError as error:
         raise UserError(f"{path}: its metadata cannot be read: {error}") from None
     facts["class_names"] = tuple(facts["class_names"])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kineticlip.config import Config
 from kineticlip.data.batch import VideoViews
+from kineticlip.data.statistics import PixelStatistics
 from kineticlip.formats import load_into
 from kineticlip.models.architectures import Architecture, ResNetShape, VisionShape
 from kineticlip.models.resnet import ModifiedResNet
@@ -109,6 +110,13 @@ def _with_weights(
     if kept:
         log.info("%s: %d tensors start untrained: %s, ...", weights.source, len(kept), kept[0])
     return visual
+
+
+def statistics_of(model: nn.Module) -> PixelStatistics:
+    """What the weights of a model's visual tower want float32 pixels to be normalised with."""
+    tower = model.get_submodule("visual")
+    assert isinstance(tower, VisionTransformer | ModifiedResNet), "before it is compiled"
+    return tower.shape.statistics
 
 
 @contextmanager

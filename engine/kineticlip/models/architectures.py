@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from kineticlip.data.statistics import CLIP_STATISTICS, PixelStatistics
 from kineticlip.runtime.errors import UserError, did_you_mean
 
 Activation = Literal["quick_gelu", "gelu"]
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +27,7 @@ class VisionShape:
     embed: int
     mlp_width: int
     activation: Activation = "quick_gelu"
-    mean: tuple[float, float, float] = CLIP_MEAN  # of pixels in [0, 1]
-    std: tuple[float, float, float] = CLIP_STD
+    statistics: PixelStatistics = CLIP_STATISTICS
     height: int = 0  # of images that are not square, which are `resolution` wide
 
     @property
@@ -57,8 +54,7 @@ class ResNetShape:
     layers: tuple[int, int, int, int]
     heads: int
     embed: int
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    statistics: PixelStatistics = CLIP_STATISTICS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,8 +89,8 @@ class ModifiedResNet(nn.Module):
         dtype = self.conv1.weight.dtype
         if pixels.dtype != torch.uint8:
             return pixels.to(dtype)
-        mean = torch.tensor(self.shape.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.shape.std, device=pixels.device).view(3, 1, 1)
+        mean = torch.tensor(self.shape.statistics.mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.shape.statistics.std, device=pixels.device).view(3, 1, 1)
         return ((pixels.float() / 255 - mean) / std).to(dtype)
 
 

@@ -167,7 +167,8 @@ class PatchProjection(nn.Module):
         side, dtype = self.shape.patch, self.weight.dtype
         if pixels.dtype == torch.uint8:
             patches = unfold_patches(pixels, side, dtype=dtype, impl=self.kernels)  # [M, P, Q]
-            weight, bias = fold_patch_embedding(self.weight, self.shape.mean, self.shape.std)
+            statistics = self.shape.statistics
+            weight, bias = fold_patch_embedding(self.weight, statistics.mean, statistics.std)
             return F.linear(patches, weight, bias)
         x = pixels.to(dtype)
         x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [M, 3, g, p, g, p]

@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from kineticlip.data.statistics import PixelStatistics
 from kineticlip.formats import clip_part, read_checkpoint, round_like_clip
+from kineticlip.formats.trained import trained_from
 from kineticlip.models.architectures import (
     Architecture,
     VisionShape,
@@ -111,7 +113,7 @@ def _resolve(arch: str, weights: str, key: str) -> Weights:
     if weights.startswith("hf-hub:"):
         return _from_hub(model, weights, key)
     if Path(weights).is_file():
-        return Weights(model, weights, Path(weights))
+        return Weights(_as_trained(model, Path(weights)), weights, Path(weights))
     tags = _tags(model.name)
     tag = weights.lower().replace("-", "_")
     if tag in tags:
@@ -120,6 +122,30 @@ def _resolve(arch: str, weights: str, key: str) -> Weights:
         raise UserError(f"{key}: no such file: {weights}")
     known = (*tags, "random")
     raise UserError(f"{key}: no weights '{weights}' for {arch}. {did_you_mean(weights, known)}")
+
+
+def _as_trained(model: Architecture, path: Path) -> Architecture:
+    """The architecture as the weights wanted it that the run which wrote a file began from.
+
+    A file of another origin says nothing about that: activation and pixel statistics are those of
+    the architecture's name.
+    """
+    origin, seen = trained_from(path), {path.resolve()}
+    while Path(origin).is_file() and Path(origin).resolve() not in seen:
+        seen.add(Path(origin).resolve())
+        origin = trained_from(origin)
+    if origin.startswith("hf-hub:"):
+        return _as_on_hub(model, origin.removeprefix("hf-hub:"))
+    tags, tag = _tags(model.name), origin.lower().replace("-", "_")
+    if tag in tags:
+        return _as_published(model, tags[tag])
+    if origin not in ("", "random"):
+        log.warning(
+            "%s: trained from %s, which is not here: activation and pixel statistics are those "
+            "of %s",
+            *(path, origin, model.name),
+        )
+    return model
 
 
 def _tags(name: str) -> dict[str, dict[str, Any]]:
@@ -136,7 +162,7 @@ def _tags(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _from_tag(model: Architecture, weights: str, entry: Mapping[str, Any], key: str) -> Weights:
-    model = _adapted(model, entry["quick_gelu"], entry.get("mean"), entry.get("std"))
+    model = _as_published(model, entry)
     repository, filename = os.path.split(entry.get("hf_hub", ""))
     url = entry.get("url", "")
     attempts: list[Callable[[], Path | str]] = []
@@ -160,13 +186,21 @@ def _from_hub(model: Architecture, weights: str, key: str) -> Weights:
     found = fetch_from_hub(repository, HUB_FILES)
     if not isinstance(found, Path):
         raise _unavailable(f"'{weights}'", [found], key)
+    return Weights(_as_on_hub(model, repository), weights, found)
+
+
+def _as_published(model: Architecture, entry: Mapping[str, Any]) -> Architecture:
+    return _adapted(model, entry["quick_gelu"], entry.get("mean"), entry.get("std"))
+
+
+def _as_on_hub(model: Architecture, repository: str) -> Architecture:
     settings = fetch_from_hub(repository, ("open_clip_config.json",))
-    if isinstance(settings, Path):
-        config = json.loads(settings.read_text())
-        pixels = config.get("preprocess_cfg", {})
-        quick = bool(config.get("model_cfg", {}).get("quick_gelu"))
-        model = _adapted(model, quick, pixels.get("mean"), pixels.get("std"))
-    return Weights(model, weights, found)
+    if not isinstance(settings, Path):
+        return model
+    config = json.loads(settings.read_text())
+    pixels = config.get("preprocess_cfg", {})
+    quick = bool(config.get("model_cfg", {}).get("quick_gelu"))
+    return _adapted(model, quick, pixels.get("mean"), pixels.get("std"))
 
 
 def _adapted(model: Architecture, quick_gelu: bool, mean: Any, std: Any) -> Architecture:
@@ -174,7 +208,8 @@ def _adapted(model: Architecture, quick_gelu: bool, mean: Any, std: Any) -> Arch
     model = with_activation(model, "quick_gelu" if quick_gelu else "gelu")
     if mean is None or std is None:
         return model
-    return replace(model, vision=replace(model.vision, mean=tuple(mean), std=tuple(std)))
+    statistics = PixelStatistics(mean=tuple(mean), std=tuple(std))
+    return replace(model, vision=replace(model.vision, statistics=statistics))
 
 
 def _unavailable(what: str, reasons: list[str], key: str) -> UserError:

@@ -11,13 +11,14 @@ from torch import nn
 
 from kineticlip.config import Config
 from kineticlip.data.entries import VideoList
-from kineticlip.data.few_shot import write_few_shot
 from kineticlip.data.labels import read_labels
+from kineticlip.data.list_writer import write_few_shot
 from kineticlip.data.lists import training_list
-from kineticlip.data.loader import TrainLoader
+from kineticlip.data.training_loader import TrainLoader
 from kineticlip.evaluation.feature_store import FeatureClips, open_store
 from kineticlip.methods import method_named
 from kineticlip.methods.method import Method
+from kineticlip.methods.trunk import statistics_of
 from kineticlip.runtime.distributed import Ranks, gather, initialise
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.files import write_atomic
@@ -106,6 +107,7 @@ def _loader(
     return TrainLoader(
         listed.entries,
         config,
+        statistics=statistics_of(model),
         pipeline=method.pipeline,
         rank=ranks.rank,
         world=ranks.world_size,

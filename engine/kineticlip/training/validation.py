@@ -15,12 +15,13 @@ from torch import nn
 from kineticlip.config import Config, ViewConfig
 from kineticlip.data.entries import Entry
 from kineticlip.data.lists import scoring_list
-from kineticlip.data.loader import TestLoader
+from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.evaluation.feature_store import FeatureViews, open_store
 from kineticlip.evaluation.loop import Scored, score_stream
 from kineticlip.evaluation.metrics import mean_average_precision, topk_accuracy
 from kineticlip.evaluation.ready import default_chunk, prepare
 from kineticlip.methods.method import Method
+from kineticlip.methods.trunk import statistics_of
 from kineticlip.runtime.distributed import Ranks, gather
 from kineticlip.runtime.errors import UserError
 
@@ -50,14 +51,15 @@ class Validation:
         self._method, self._ranks, self._device = method, ranks, device
         self._chunk = config.eval.batch_frames or default_chunk(device)
         view = ViewConfig(clips=1, crops=1, sampling=config.test.sampling)
-        self._loader: TestLoader | FeatureViews
+        self._loader: ScoringLoader | FeatureViews
         if config.data.features:  # these have the views that they have
             store = open_store(config, method, model, any_views=True)
             self._loader = FeatureViews(store, self.entries, ranks.rank, ranks.world_size)
         else:
-            self._loader = TestLoader(
+            self._loader = ScoringLoader(
                 self.entries,
                 replace(config, test=view),
+                statistics=statistics_of(model),
                 pipeline=method.pipeline,
                 rank=ranks.rank,
                 world=ranks.world_size,

@@ -19,16 +19,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kineticlip.commands.parity.check import Check, compare, exactly
-from kineticlip.config import Config, DataConfig, TrainConfig, ViewConfig
+from kineticlip.config import DataConfig, ViewConfig
 from kineticlip.data.augment import apply_evl, draw_evl_box
 from kineticlip.data.batch import VideoViews
-from kineticlip.data.entries import Entry
-from kineticlip.data.loader import TrainLoader
+from kineticlip.data.order import TrainingOrder
+from kineticlip.data.pipelines import PIPELINES
 from kineticlip.data.randaugment import EVL_STYLE, Step, apply_steps, draw_evl
-from kineticlip.data.sampling import ClipRandom, sample_test, sample_train
+from kineticlip.data.sampling import ClipRandom
+from kineticlip.data.statistics import PixelStatistics
 from kineticlip.data.views import apply_tensor, evl_boxes, evl_geometry
 
 Case = Mapping[str, Any]
+SAMPLE_TRAIN = PIPELINES["evl"].sample_train
 AUGMENTED = 0.05  # the pixels of Pillow's operations depend on its version
 # Elsewhere PyTorch's resize may round the last bit of values up to 2 differently.
 PIXELS = 0.0 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else 2.4e-7
@@ -69,9 +71,7 @@ def _seeded(seed: int) -> ClipRandom:
 def _samplers(cases: Mapping[str, list[Case]]) -> Iterator[Check]:
     for number, case in enumerate(cases["train"]):
         rng = _seeded(case["np_seed"])
-        draws = [
-            sample_train(case["video_len"], _data(case), "evl", rng).tolist() for _ in case["draws"]
-        ]
+        draws = [SAMPLE_TRAIN(case["video_len"], _data(case), rng).tolist() for _ in case["draws"]]
         yield exactly(f"samplers train {number}", draws, case["draws"])
     for number, case in enumerate(cases["test"]):
         clips = _test_clips(case, case["video_len"])
@@ -88,20 +88,20 @@ def _samplers(cases: Mapping[str, list[Case]]) -> Iterator[Check]:
 
 def _test_clips(case: Case, count: int) -> NDArray[np.int64]:
     views = ViewConfig(clips=case["num_temporal_views"], sampling="dense")
-    return sample_test(count, _data(case), views, "evl")
+    return PIPELINES["evl"].sample_test(count, _data(case), views)
 
 
 def _order(case: Case) -> list[int]:
     """The indices of one rank; a batch of the official code is a micro-batch of every rank."""
-    size = case["batch_size"] // case["world_size"]
-    loader = TrainLoader(
-        [Entry(str(number), str(number), 0) for number in range(case["dataset_len"])],
-        Config(seed=0, train=TrainConfig(micro_batch_size=size)),
+    order = TrainingOrder(
+        length=case["dataset_len"],
+        seed=0,
+        size=case["batch_size"] // case["world_size"],
         rank=case["rank"],
         world=case["world_size"],
     )
     numbers = range(case["resume_step"], case["num_steps"])
-    return [loader.locate(place)[1] for number in numbers for place in loader.places(number)]
+    return [order.locate(place)[1] for number in numbers for place in order.places(number)]
 
 
 def _test_views(case: Case, frames: NDArray[np.uint8], pixels: Case) -> torch.Tensor:
@@ -115,8 +115,7 @@ def _test_views(case: Case, frames: NDArray[np.uint8], pixels: Case) -> torch.Te
         shape,
         numbers=numbers.tolist(),
         count=len(frames),
-        mean=pixels["mean"],
-        std=pixels["std"],
+        statistics=_statistics(pixels),
     )
     video = VideoViews(
         name=case["key"],
@@ -130,12 +129,16 @@ def _test_views(case: Case, frames: NDArray[np.uint8], pixels: Case) -> torch.Te
     return video.clips().transpose(1, 2)
 
 
+def _statistics(pixels: Case) -> PixelStatistics:
+    return PixelStatistics(mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
+
+
 def _train_clip(
     case: Case, frames: NDArray[np.uint8], expected: NDArray[np.float32], pixels: Case
 ) -> Iterator[Check]:
     """Draws in the official order: frames, RandAugment, box."""
     name, rng = f"dataset {case['key']}", _seeded(case["seed"])
-    indices = sample_train(len(frames), _data(case), "evl", rng)
+    indices = SAMPLE_TRAIN(len(frames), _data(case), rng)
     yield exactly(f"{name}: frames", indices.tolist(), case["frame_idx"])
     clip, steps = frames[indices], _steps(case["auto_augment"], rng)
     drawn = [{"applied": False} if step is None else _recorded(step) for step in steps]
@@ -146,7 +149,7 @@ def _train_clip(
         clip = np.stack([np.asarray(image) for image in images])
     box = draw_evl_box(frames.shape[2], frames.shape[1], rng)
     yield exactly(f"{name}: box", [box.y, box.x, box.height, box.width], case["crop_ijhw"])
-    made = apply_evl(clip, box, case["spatial_size"], mean=pixels["mean"], std=pixels["std"])
+    made = apply_evl(clip, box, case["spatial_size"], statistics=_statistics(pixels))
     atol = AUGMENTED if applied else PIXELS
     yield compare(f"{name}: pixels", made.transpose(0, 1), expected, atol=atol)
 

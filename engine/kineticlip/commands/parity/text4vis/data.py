@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from kineticlip.commands.parity.check import Check, compare, exactly
 from kineticlip.commands.parity.text4vis.files import SUMS, Golden
 from kineticlip.config import DataConfig, ViewConfig
-from kineticlip.data.augment import augment
 from kineticlip.data.few_shot import few_shot
 from kineticlip.data.lists import read_list
-from kineticlip.data.sampling import ClipRandom, sample_test, sample_train
-from kineticlip.data.views import apply_pillow, geometry, resize_pillow
-from kineticlip.models.architectures import CLIP_MEAN, CLIP_STD
+from kineticlip.data.pipelines import PIPELINES, training_pixels
+from kineticlip.data.sampling import ClipRandom
+from kineticlip.data.statistics import CLIP_STATISTICS
+from kineticlip.data.views import apply_pillow, resize_pillow, text4vis_geometry
 from kineticlip.models.prompts import render
 from kineticlip.models.text import tokenize
 from kineticlip.runtime.errors import UserError
@@ -67,12 +67,13 @@ def _mode(kind: str) -> Sampling:
 
 
 def _train(mode: Sampling, length: int, count: int, rng: ClipRandom) -> NDArray[np.int64]:
-    return sample_train(count, DataConfig(num_frames=length, sampling=mode), "text4vis", rng)
+    data = DataConfig(num_frames=length, sampling=mode)
+    return PIPELINES["text4vis"].sample_train(count, data, rng)
 
 
 def _test(mode: Sampling, length: int, count: int, clips: int) -> NDArray[np.int64]:
-    views = ViewConfig(clips=clips, sampling=mode)
-    return sample_test(count, DataConfig(num_frames=length), views, "text4vis").ravel()
+    data, views = DataConfig(num_frames=length), ViewConfig(clips=clips, sampling=mode)
+    return PIPELINES["text4vis"].sample_test(count, data, views).ravel()
 
 
 def bike_sampler_checks(golden: Golden) -> Iterator[Check]:
@@ -81,7 +82,8 @@ def bike_sampler_checks(golden: Golden) -> Iterator[Check]:
     counts, base = recorded.pop("n_frames").tolist(), int(recorded.pop("seed_base"))
     for key, expected in recorded.items():
         data = DataConfig(num_frames=_sampler_key(key)[1])
-        rows = [sample_train(count, data, "bike", seeded(base + count)) for count in counts]
+        draw = PIPELINES["bike"].sample_train
+        rows = [draw(count, data, seeded(base + count)) for count in counts]
         yield exactly(f"bike_sampler/{key}", np.stack(rows) + 1, expected)
 
 
@@ -92,7 +94,7 @@ def crop_checks(golden: Golden) -> Iterator[Check]:
         source, side = prefix.split("/")
         size, frame = int(side.removeprefix("in")), sources[f"src_{source}"]
         height, width = frame.shape[:2]
-        shape = geometry(width, height, size=size, crops=1, pipeline="text4vis")
+        shape = text4vis_geometry(width, height, size=size, crops=1)
         resized = resize_pillow(frame, shape.width, shape.height)
         rows, columns = (np.linspace(0, n - 1, 12).astype(int) for n in resized.shape[:2])
         for name, found in {
@@ -109,7 +111,7 @@ def crop_checks(golden: Golden) -> Iterator[Check]:
 def _crops(
     recorded: dict[str, NDArray[Any]], prefix: str, frame: NDArray[Any], size: int, count: int
 ) -> Iterator[Check]:
-    shape = geometry(frame.shape[1], frame.shape[0], size=size, crops=count, pipeline="text4vis")
+    shape = text4vis_geometry(frame.shape[1], frame.shape[0], size=size, crops=count)
     images = apply_pillow(np.stack([frame, 255 - frame]), shape, crops=shape.crops)
     crops = images.transpose(0, 1).flatten(0, 1)  # [crops * 2, 3, S, S]
     pixels = _normalised(crops)
@@ -129,7 +131,8 @@ def _crops(
 
 
 def _normalised(pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
+    clip = CLIP_STATISTICS
+    mean, std = torch.tensor(clip.mean).view(3, 1, 1), torch.tensor(clip.std).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
 
 
@@ -142,12 +145,13 @@ def augmentation_checks(golden: Golden) -> Iterator[Check]:
         size = int(side.removeprefix("in"))
         frame = sources[f"src_{source.removeprefix('something_')}"]
         data = DataConfig(resolution=size, something=something, augmentation="released")
-        pixels, label = augment(
+        pixels, label = training_pixels(
+            PIPELINES["text4vis"],
             np.stack([frame, 255 - frame]),
             86,  # of Something-Something: mirrored it is 87
             data,
-            "text4vis",
-            seeded(int(seed.removeprefix("seed"))),
+            rng=seeded(int(seed.removeprefix("seed"))),
+            statistics=CLIP_STATISTICS,
         )
         expected = recorded[f"{prefix}/grid_u8"]
         grid = np.linspace(0, size - 1, expected.shape[-1]).astype(int)

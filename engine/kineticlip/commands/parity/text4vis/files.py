@@ -122,7 +122,8 @@ class Golden:
 
 def normalised(pixels: Tensor, shape: VisionShape | ResNetShape) -> Tensor:
     """uint8 [..., 3, S, S] -> float32, in the official order of operations."""
-    mean, std = torch.tensor(shape.mean).view(3, 1, 1), torch.tensor(shape.std).view(3, 1, 1)
+    of = shape.statistics
+    mean, std = torch.tensor(of.mean).view(3, 1, 1), torch.tensor(of.std).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
 
 

@@ -27,8 +27,8 @@ from kineticlip.config import Config, Precision, ViewConfig
 from kineticlip.data.batch import VideoViews
 from kineticlip.data.entries import Entry
 from kineticlip.data.lists import read_list
-from kineticlip.data.loader import TestLoader
-from kineticlip.data.sampling import sample_test
+from kineticlip.data.pipelines import PIPELINES
+from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.evaluation.loop import evaluate_videos
 from kineticlip.evaluation.ready import default_chunk, prepare
 from kineticlip.evaluation.results import ResultWriter, protocol_fingerprint, read_results
@@ -79,15 +79,14 @@ def evaluate_run(
     listing = frames / "list.txt"
     listing.write_text("".join(f"{line}\n" for line in golden.json("case_multiview")["list"]))
     entries = read_list(listing, frames, num_classes=len(golden.class_names)).entries
-    videos = [video for video in TestLoader(entries, config) if isinstance(video, VideoViews)]
+    loader = ScoringLoader(entries, config, statistics=golden.vit.vision.statistics)
+    videos = [video for video in loader if isinstance(video, VideoViews)]
     with torch.inference_mode():
         views = embed_views(model, videos, default_chunk(CPU))
-    shape = golden.vit.vision
+    shape, sample = golden.vit.vision, PIPELINES["text4vis"].sample_test
     return MultiView(
         indices=[
-            (sample_test(video.num_frames, config.data, config.test, "text4vis") + 1)
-            .ravel()
-            .tolist()
+            (sample(video.num_frames, config.data, config.test) + 1).ravel().tolist()
             for video in videos
         ],
         sums=torch.stack([normalised(v.clips(), shape).double().sum((3, 4)) for v in videos]),

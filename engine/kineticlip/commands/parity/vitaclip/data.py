@@ -14,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from kineticlip.commands.parity.check import Check, compare, exactly
-from kineticlip.config import Config, DataConfig, OptimConfig, TrainConfig
-from kineticlip.data.augment import apply_evl, augment, draw_evl_box
+from kineticlip.config import Config, OptimConfig, TrainConfig
+from kineticlip.data.augment import apply_evl, augment_evl, draw_evl_box
 from kineticlip.data.batch import VideoViews
 from kineticlip.data.entries import Entry
-from kineticlip.data.loader import TestLoader, TrainLoader
+from kineticlip.data.order import order_of
 from kineticlip.data.randaugment import EVL_STYLE, draw_evl
 from kineticlip.data.sampling import ClipRandom, segment_train, strided_test, strided_train
+from kineticlip.data.scoring_loader import ScoringLoader
+from kineticlip.data.statistics import CLIP_STATISTICS
 from kineticlip.data.views import apply_tensor, evl_boxes, evl_geometry
 from kineticlip.methods.prompts_text import clean
 from kineticlip.models.text import tokenizer
@@ -104,13 +106,14 @@ def _orders(recorded: dict[str, Any]) -> Iterator[Check]:
     for number, case in enumerate(recorded["step_sampler"]):
         entries = [Entry(str(index), str(index), 0) for index in range(case["n"])]
         config = Config(seed=0, train=TrainConfig(micro_batch_size=case["per_gpu"]))
-        place = {"pipeline": "evl", "rank": case["rank"], "world": case["world"]}
-        loader = TrainLoader(entries, config, **place)
+        place = {"rank": case["rank"], "world": case["world"]}
+        order = order_of(entries, config, **place)
         steps = range(case["resume_step"], case["num_steps"])
-        found = [loader.locate(at)[1] for step in steps for at in loader.places(step)]
+        found = [order.locate(at)[1] for step in steps for at in order.places(step)]
         yield exactly(f"data order {number}", found, case["indices"])
         yield exactly(f"data order {number} length", len(steps), case["loader_len"])
-        tested = [int(entry.name) for entry in TestLoader(entries, config, **place).entries]
+        loader = ScoringLoader(entries, config, statistics=CLIP_STATISTICS, pipeline="evl", **place)
+        tested = [int(entry.name) for entry in loader.entries]
         yield exactly(f"data order {number} test", tested, case["val_indices"])
 
 
@@ -146,12 +149,11 @@ def _pixels(arrays: dict[str, NDArray[Any]]) -> Iterator[Check]:
         elif clip:
             rng = _seeded(int(clip[2]))
             chosen = frames[strided_train(len(frames), count, RATE, rng.numpy)]
-            data = DataConfig(resolution=size, num_frames=count)
             if clip[1] == "aug":
-                pixels, _ = augment(chosen, 0, data, "evl", rng)
+                pixels = augment_evl(chosen, size, rng, statistics=CLIP_STATISTICS)
             else:
                 box = draw_evl_box(frames.shape[2], frames.shape[1], rng)
-                pixels = apply_evl(chosen, box, size)
+                pixels = apply_evl(chosen, box, size, statistics=CLIP_STATISTICS)
             atol = AUGMENTED if clip[1] == "aug" else LAST_BIT
             yield compare(f"data {name}", pixels.transpose(0, 1), want, atol=atol)
 
@@ -173,16 +175,19 @@ def _views(
     """All views as the test loader cuts them: [crops * clips, 3, T, S, S]."""
     plan = plan_frames(strided_test(len(frames), count, RATE, clips))
     shape = evl_geometry(frames.shape[2], frames.shape[1], size=size, crops=crops)
-    boxes, place = shape.distinct()
     numbers = list(plan.frames)
     views = VideoViews(
         name="",
         label=0,
         images=apply_tensor(
-            frames[numbers], shape, crops=boxes, numbers=numbers, count=len(frames)
+            frames[numbers],
+            shape,
+            statistics=CLIP_STATISTICS,
+            numbers=numbers,
+            count=len(frames),
         ),
         frame_index=torch.from_numpy(plan.index),
-        crop_index=torch.from_numpy(place),
+        crop_index=torch.from_numpy(shape.distinct()[1]),
         decoder="none",
         num_frames=len(frames),
     )
