@@ -15,7 +15,7 @@ from kineticlip.data import device_loader, scoring_loader
 from kineticlip.data.batch import BadVideo, VideoViews
 from kineticlip.data.device_loader import NO_ROOM, why_not_on_device
 from kineticlip.data.entries import Entry
-from kineticlip.data.statistics import CLIP_STATISTICS
+from kineticlip.data.statistics import CLIP_STATISTICS, PixelStatistics
 from kineticlip.video import VideoError
 from kineticlip.video.batch_reader import BatchReader, Decoded, Request
 
@@ -40,9 +40,11 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
 @pytest.mark.parametrize("pipeline", ["text4vis", "bike", "evl"])
 def test_views_equal_those_of_the_threads(entries: list[Entry], pipeline: str) -> None:
     config = load_config(None, SETTINGS)
-    loader = DeviceLoader(entries, config, device=CPU, pipeline=pipeline)
+    other = PixelStatistics(mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.125))
+    rules = {"pipeline": pipeline, "statistics": other}
+    loader = DeviceLoader(entries, config, device=CPU, **rules)
     there = list(loader)
-    here = list(ScoringLoader(entries, config, pipeline=pipeline))
+    here = list(ScoringLoader(entries, config, **rules))
     assert len(there) == len(here) == len(loader) == 5
     for a, b in zip(there, here, strict=True):
         if isinstance(b, BadVideo):
@@ -50,6 +52,7 @@ def test_views_equal_those_of_the_threads(entries: list[Entry], pipeline: str) -
             continue
         assert isinstance(a, VideoViews) and isinstance(b, VideoViews)
         assert torch.equal(a.images, b.images)
+        assert a.statistics == b.statistics == other
         assert torch.equal(a.frame_index, b.frame_index)
         assert torch.equal(a.crop_index, b.crop_index)
         assert (a.name, a.label, a.num_frames) == (b.name, b.label, b.num_frames)
@@ -93,3 +96,12 @@ def test_out_of_memory_no_video_is_lost(
         else:
             assert a.name == b.name and torch.equal(a.images, b.images)
             assert a.notes == (() if room else (NO_ROOM,))
+
+
+def test_a_result_for_every_request(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too few would give every later video the frames of its neighbour."""
+    loader = DeviceLoader(entries, load_config(None, SETTINGS), device=CPU)
+    read = loader._reader.read
+    monkeypatch.setattr(loader._reader, "read", lambda requests: read(requests)[1:])
+    with pytest.raises(AssertionError, match="a result for every request"):
+        list(loader)

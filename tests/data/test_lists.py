@@ -11,6 +11,7 @@ from kineticlip.config import load_config, override
 from kineticlip.data.entries import Entry
 from kineticlip.data.few_shot import few_shot
 from kineticlip.data.labels import BUILT_IN, read_labels, split_words
+from kineticlip.data.list_writer import list_text, write_few_shot
 from kineticlip.data.lists import read_list, scoring_list, training_list
 from kineticlip.data.order import order_of
 from kineticlip.models.prompts import ENSEMBLES, TEMPLATES, expand_templates, render
@@ -299,3 +300,60 @@ def test_templates() -> None:
     )
     with pytest.raises(UserError, match="Did you mean 'clip-kinetics'"):
         expand_templates(["clip-kinetic"])
+
+
+STRETCHES = (
+    "video_id,label,start_time,end_time,total_time\n"
+    "46GP8,c092,11.90,21.20,24.83\n"
+    "46GP8,c147,20.00,30.00,24.83\n"  # the video ends first
+    "N11GT,c000,0.00,0.10,9.5\n"
+)
+
+
+def test_a_few_shot_list_of_stretches_holds_the_stretches(write, tmp_path: Path) -> None:
+    """Not the whole videos, which the lines `path frames label` would name."""
+    for rate in (24.0, 29.97):
+        entries = read_list(write(STRETCHES, "rows.csv"), "r", rate=rate).entries
+        pairs = [f"output={tmp_path / str(rate)}", f"data.frames_per_second={rate}"]
+        path = write_few_shot(load_config(None, pairs), [*entries, *entries])
+        assert read_list(path, "r", rate=rate).entries == entries
+    assert "N11GT,c000,0.00,0.10,0.10\n" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Entry('my "best" clip.mp4', "x", 1),
+        Entry("a.mp4", "x", -1, labels=(1, 2)),
+        Entry("two\nlines.mp4", "x", 1),
+        Entry("a.mp4", "x", 1, num_frames=9, first=2, length=7),
+        Entry("46GP8 1.00-2.00", "x", 1000, num_frames=24, first=24, length=24),
+    ],
+)
+def test_what_no_line_says_is_refused_by_name(entry: Entry) -> None:
+    with pytest.raises(UserError, match=f"{entry.name!r}: no line of a list can say"):
+        list_text([Entry("fine.mp4", "x", 0), entry])
+
+
+def test_lists_are_written_as_they_are_read() -> None:
+    def lines(*entries: Entry) -> str:
+        return list_text(entries)
+
+    assert lines(Entry("a.mp4", "r/a.mp4", 3), Entry("b c.mp4", "x", 0)) == (
+        'a.mp4 3\n"b c.mp4" 0\n'
+    )
+    assert lines(Entry("v,1", "x", 3, num_frames=40)) == "v,1 40 3\n"
+    assert lines(Entry("a.mp4", "x", -1), Entry("b,c.mp4", "x", -1)) == 'a.mp4\n"b,c.mp4"\n'
+    assert lines() == ""
+
+
+def test_only_a_word_in_place_of_a_number_may_be_a_header(write) -> None:
+    with pytest.raises(UserError, match="label is not an integer: 'label'; if this is a header"):
+        read_list(write("path label\n"))
+    with pytest.raises(UserError, match="looks like a path and a label") as error:
+        read_list(write("this;1\n"))
+    assert "header" not in str(error.value)
+    odd = "video_id,label,start_time,end_time,total_time\nA,'not an integer',0,1,2\n"
+    with pytest.raises(UserError, match="expected a class like c092") as error:
+        read_list(write(odd, "odd.csv"))
+    assert "header" not in str(error.value)

@@ -22,7 +22,7 @@ from kineticlip.data.entries import Entry
 from kineticlip.data.lists import read_list
 from kineticlip.data.order import TrainingOrder, order_of
 from kineticlip.data.sampling import text4vis_uniform_test
-from kineticlip.data.statistics import CLIP_STATISTICS
+from kineticlip.data.statistics import CLIP_STATISTICS, PixelStatistics
 from kineticlip.data.views import apply_pillow, text4vis_geometry
 from kineticlip.runtime.errors import UserError
 from kineticlip.video import open_video
@@ -251,6 +251,34 @@ def test_evl_batches_are_normalised_floats(clips: list[Entry]) -> None:
     assert batch.pixels.min() < 0 < batch.pixels.max() < 3
     forced = next(TrainLoader(clips, settings("data.pipeline=bike"), pipeline="evl").epoch(0))
     assert forced.pixels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("augmentation", ["none", "released"])
+def test_float_pixels_are_normalised_with_the_statistics_given(
+    clips: list[Entry], augmentation: str
+) -> None:
+    config = settings("data.pipeline=evl", f"data.augmentation={augmentation}")
+    other = PixelStatistics(mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.125))
+
+    def bytes_of(pixels: torch.Tensor, statistics: PixelStatistics) -> torch.Tensor:
+        shape = (3, 1, 1)
+        scale, shift = torch.tensor(statistics.std), torch.tensor(statistics.mean)
+        return 255 * (pixels * scale.view(shape) + shift.view(shape))
+
+    ours = next(training_loader.TrainLoader(clips, config, statistics=other).epoch(0)).pixels
+    clip = next(TrainLoader(clips, config).epoch(0)).pixels
+    assert not torch.allclose(ours, clip)
+    torch.testing.assert_close(
+        bytes_of(ours, other), bytes_of(clip, CLIP_STATISTICS), atol=1e-3, rtol=0
+    )
+    views = scoring_loader.views_of(clips[0], config, statistics=other)
+    assert views.statistics == other
+    torch.testing.assert_close(
+        bytes_of(views.images, other),
+        bytes_of(views_of(clips[0], config).images, CLIP_STATISTICS),
+        atol=1e-3,
+        rtol=0,
+    )
 
 
 @pytest.fixture

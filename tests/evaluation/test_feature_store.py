@@ -243,3 +243,39 @@ def test_the_command_writes_what_eval_and_train_read(
     )
     torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
     assert (tmp_path / "features" / INDEX).is_file()
+
+
+def test_the_command_opens_its_list_as_eval_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels out of range are refused, and val_min_frames leaves short entries out."""
+    moving_clips(tmp_path, 3)
+    (tmp_path / "labels.txt").write_text("\n".join(NAMES))
+    words = ["features", "--out", str(tmp_path / "features"), "--root", str(tmp_path)]
+    words += [word for pair in (*TINY, "method=evl", "data.workers=1") for word in ("--set", pair)]
+    words += ["--labels", str(tmp_path / "labels.txt"), "--weights", "random", "--json"]
+    words += ["--set", "data.val_min_frames=8", "--list", str(tmp_path / "list.txt")]
+    (tmp_path / "list.txt").write_text("v0.mp4 0\nv1.mp4 3\n")
+    assert main(words) == 2
+    assert "list.txt:2: label 3 is out of range: expected 0..2" in capsys.readouterr().err
+    (tmp_path / "list.txt").write_text("v0.mp4 9 0\nv1.mp4 7 1\nv2.mp4 0 2\n")
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["written"] == 1
+    assert "1 with fewer than 8 frames left out; 1 without frames left out" in printed.err
+
+
+def test_the_command_counts_stretches_at_the_configured_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Charades' times are frames of data.frames_per_second, whoever opens the list."""
+    moving_clips(tmp_path, 1)  # 9 frames at 10 a second
+    (tmp_path / "labels.txt").write_text("\n".join(NAMES))
+    header = "video_id,label,start_time,end_time,total_time\n"
+    (tmp_path / "list.csv").write_text(f"{header}v0.mp4,c001,0.5,0.8,0.9\n")
+    words = ["features", "--out", str(tmp_path / "features"), "--root", str(tmp_path)]
+    words += [word for pair in (*TINY, "method=evl", "data.workers=1") for word in ("--set", pair)]
+    words += ["--labels", str(tmp_path / "labels.txt"), "--weights", "random", "--json"]
+    words += ["--list", str(tmp_path / "list.csv"), "--set", "data.frames_per_second=10"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["unreadable"] == 0
