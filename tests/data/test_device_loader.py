@@ -101,7 +101,7 @@ def test_out_of_memory_no_video_is_lost(
 def test_a_result_for_every_request(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     """One too few would give every later video the frames of its neighbour."""
     loader = DeviceLoader(entries, load_config(None, SETTINGS), device=CPU)
-    read = loader._reader.read
-    monkeypatch.setattr(loader._reader, "read", lambda requests: read(requests)[1:])
+    read = BatchReader.read
+    monkeypatch.setattr(BatchReader, "read", lambda self, requests: read(self, requests)[1:])
     with pytest.raises(AssertionError, match="a result for every request"):
         list(loader)

@@ -17,7 +17,7 @@ from kineticlip.data.lists import read_list
 from kineticlip.data.scoring_loader import views_of
 from kineticlip.data.statistics import CLIP_STATISTICS, PixelStatistics
 from kineticlip.evaluation.feature_store import facts_of
-from kineticlip.evaluation.recognizer import config_of, load_recognizer, predict, with_weights
+from kineticlip.evaluation.recognizer import config_of, load_recognizer, with_weights
 from kineticlip.evaluation.run import ListOptions, evaluate_list
 from kineticlip.formats.trained import export_weights
 from kineticlip.methods import METHODS
@@ -107,7 +107,7 @@ def test_scores_are_taken_with_the_weights_own_statistics(method: str, tmp_path:
     evaluate_list(config, tmp_path / "out", ListOptions(keep_scores=True, quiet=True, thumbnails=1))
     found = load_file(tmp_path / "out" / "scores.safetensors")["scores"]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    one = dict(predict(recognizer, entries[0].path).ranking)
+    one = dict(recognizer.predict(entries[0].path).ranking)
     torch.testing.assert_close(
         torch.tensor([one[name] for name in NAMES]), expected[0], atol=1e-5, rtol=0
     )
