@@ -27,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
     from kineticlip.data.labels import read_labels
     from kineticlip.data.lists import read_list
     from kineticlip.data.loader import TestLoader
-    from kineticlip.evaluation.feature_store import cut_of, facts_of, write_features
-    from kineticlip.evaluation.ready import default_chunk, prepare
+    from kineticlip.evaluation.feature_store import cut_of, facts_of
+    from kineticlip.evaluation.feature_writer import write_features
+    from kineticlip.evaluation.ready import ready
     from kineticlip.evaluation.recognizer import pick_device
     from kineticlip.methods import method_named
     from kineticlip.methods.method import as_video_model
@@ -45,12 +46,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("data.val_list is not set: give --list a list of videos")
     class_names = read_labels(config.data.labels)
     entries = read_list(config.data.val_list, config.data.val_root).entries
-    method, device = method_named(config.method), pick_device()
+    method = method_named(config.method)
     model = method.build(config, class_names)
     if "visual" in as_video_model(model).untrained and config.model.weights != "random":
         raise UserError(f"{config.model.weights}: no trained weights for the trunk")
     facts = facts_of(config, method, model)
-    prepare(model, config.eval.precision, device)
+    found = ready(model, config, device=pick_device(), packed=False)
     with tqdm(total=len(entries), unit="video", disable=args.json) as bar:
         written, bad = write_features(
             args.out,
@@ -58,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
             entries,
             encode=cut_of(config, method, model).encode,
             facts=facts,
-            device=device,
-            chunk=config.eval.batch_frames or default_chunk(device),
+            ready=found,
             done=bar.update,
         )
     outcome = {"features": args.out, "rows": facts["rows"], "written": written, "unreadable": bad}
