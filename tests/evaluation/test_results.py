@@ -131,7 +131,7 @@ def test_killed_process_loses_nothing(tmp_path: Path) -> None:
         "for n in range(5): t.add(writer, n)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment)
     assert done.returncode == -signal.SIGKILL
     with open_writer(tmp_path) as writer:
