@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,8 @@ from kineticlip.data.entries import Entry
 from kineticlip.data.pipelines import PIPELINES
 from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.data.statistics import CLIP_STATISTICS
-from kineticlip.evaluation.loop import Clock, Scored, score_stream
-from kineticlip.evaluation.ready import make_steady
+from kineticlip.evaluation.clock import Clock
+from kineticlip.evaluation.loop import Scored, score_stream
 from kineticlip.evaluation.recognizer import Recognizer, load_recognizer, pick_device
 from kineticlip.runtime.machine import machine_record, software_record
 from limits import Limits, product_rates
@@ -103,7 +103,7 @@ def engine_scores(recognizer: Recognizer, entries: Sequence[Entry], clock: Clock
         recognizer.method,
         loader,
         device=device,
-        chunk=recognizer.chunk,
+        chunk=recognizer.ready.chunk,
         clock=clock,
     )
     rows = []
@@ -185,16 +185,11 @@ def measure(
     towers = {}
     for precision in options.engines:
         config = configuration(work, precision)
-        recognizer = load_recognizer(config, CLASSES, device=device)
-        chunk, notes = make_steady(
-            recognizer.model, config, device=device, chunk=recognizer.chunk, images=images
-        )
-        towers[precision] = ", ".join(notes)
+        recognizer = load_recognizer(config, CLASSES, device=device).for_run(images)
+        towers[precision] = ", ".join(recognizer.ready.notes)
         print(f"{work.name} {towers[precision]}", file=sys.stderr)
         with torch.inference_mode():  # what happens once, compilation above all, is not timed
             recognizer.model.get_submodule("visual")(once)
-        fitted = replace(config, eval=replace(config.eval, batch_frames=chunk))
-        recognizer = replace(recognizer, config=fitted)
         contestants[f"engine {precision}"] = partial(engine_scores, recognizer, entries, clock)
     limits = Limits(work.arch, work.resolution, naive_images=images)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in contestants}

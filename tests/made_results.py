@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kineticlip.evaluation.results import ResultWriter
+from kineticlip.evaluation.result_writer import ResultWriter
+from kineticlip.evaluation.speed import Speed
 from kineticlip.runtime.journal import Json
 
 MACHINE = {
@@ -18,14 +19,23 @@ MACHINE = {
     "cores": 16,
     "software": {"python": "3.11.7", "torch": "2.11.0", "commit": "0123abc"},
 }
-SPEED = {
-    "seconds": 61.25,
-    "videos_per_second": 16.4,
-    "views_per_second": 49.2,
-    "decode_percent": 21.5,
-    "transfer_percent": 3.25,
-    "compute_percent": 71.0,
-}
+SPEED = Speed(
+    seconds=61.25,
+    videos_per_second=16.4,
+    views_per_second=49.2,
+    images_per_second=524.8,
+    videos=1004,
+    images=32144,
+    chunk=256,
+    tower="bf16 on cuda, one CUDA graph",
+    chunk_halvings=0,
+    model_images_per_second=656.0,
+    percent_of_model_speed=80.0,
+    decode_percent=21.5,
+    transfer_percent=3.25,
+    compute_percent=71.0,
+    decoding="dali",
+)
 
 
 def make_run(
@@ -39,7 +49,7 @@ def make_run(
     classifier: NDArray[np.float32] | None = None,
     seed: int = 0,
     weights: str = "sha256:5c1f",
-    speed: Json | None = None,
+    speed: Speed | None = None,
     extra: Json | None = None,
 ) -> Json:
     """Writes a results folder: scores are noise plus `skill` for the label; returns the summary."""

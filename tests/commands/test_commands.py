@@ -222,6 +222,31 @@ def test_eval_scores_a_repeated_video_once_and_counts_files_read_in_sequence(
     assert sorted(scored) == sorted({name.split()[0] for name in names})
 
 
+def test_labels_stand_in_for_the_label_file_of_an_official_yaml(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = tmp_path / "official.yaml"
+    official.write_text(
+        "data:\n  label_list: lists/elsewhere.csv\n  input_size: 64\n  num_segments: 2\n"
+        "network:\n  arch: ViT-tiny-16\n  init: True\nsolver:\n  epochs: 1\n"
+    )
+    words = [
+        "eval", "--config", str(official), "--weights", "random", "--list",
+        str(clips / "list.txt"), "--root", str(clips), "--set", "eval.precision=fp32",
+        "--out", str(tmp_path / "out"), "--json",
+    ]  # fmt: skip
+    line = error_of(capsys, *words)
+    assert "lists/elsewhere.csv: no such label file" in line
+    assert main([*words, "--labels", str(clips / "labels.txt")]) == 0
+    names = json.loads(capsys.readouterr().out)["class_names"]
+    assert names == ["moving left", "moving right", "growing"]
+    # Centred rows do depend on the classes of training.
+    line = error_of(
+        capsys, *words, "--labels", str(clips / "labels.txt"), "--set", "classifier.center=true"
+    )
+    assert "lists/elsewhere.csv: no such label file" in line
+
+
 def test_untrained_parts_are_refused(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

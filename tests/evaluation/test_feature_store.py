@@ -24,8 +24,9 @@ from kineticlip.evaluation.feature_store import (
     cut_of,
     facts_of,
     open_store,
-    write_features,
 )
+from kineticlip.evaluation.feature_writer import write_features
+from kineticlip.evaluation.ready import ReadyModel
 from kineticlip.methods import METHODS
 from kineticlip.runtime.errors import UserError
 from moving_clips import moving_clips
@@ -83,9 +84,10 @@ def made(request: pytest.FixtureRequest, tmp_path: Path):
                 parameter.add_(torch.randn(parameter.shape) * 0.05)
     listed, folder = entries(5), tmp_path / "features"
     facts = facts_of(config, method, model)
+    ready = ReadyModel(model=model, device=CPU, chunk=4)
     encode = cut_of(config, method, model).encode
     count = write_features(
-        folder, views, listed, encode=encode, facts=facts, device=CPU, chunk=4, shard_bytes=1
+        folder, views, listed, encode=encode, facts=facts, ready=ready, shard_bytes=1
     )
     assert count == (4, 1)
     config = replace(config, data=replace(config.data, features=str(folder)))
@@ -163,9 +165,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
             yield item
 
     def write(stream, shard_bytes: int) -> None:
+        ready = ReadyModel(model=model, device=CPU, chunk=4)
         write_features(
             tmp_path / "f", stream, listed, encode=cut_of(config, method, model).encode,
-            facts=facts, device=CPU, chunk=4, shard_bytes=shard_bytes,
+            facts=facts, ready=ready, shard_bytes=shard_bytes,
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):

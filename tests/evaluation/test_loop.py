@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,17 +19,21 @@ from kineticlip.data.entries import Entry
 from kineticlip.data.pipelines import PIPELINES
 from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.data.statistics import CLIP_STATISTICS
-from kineticlip.evaluation import loop as evaluate
-from kineticlip.evaluation.loop import Clock, Scored, score_stream
-from kineticlip.evaluation.ready import prepare
+from kineticlip.evaluation import clock as timing
+from kineticlip.evaluation import loop
+from kineticlip.evaluation.clock import Clock
+from kineticlip.evaluation.loop import Scored, score_stream
+from kineticlip.evaluation.ready import ready
 from kineticlip.methods import METHODS
 from kineticlip.methods.method import Method
-from kineticlip.runtime.errors import UserError
 from kineticlip.video import plan_frames
 
 NAMES = ("archery", "bowling", "cooking")
 CPU = torch.device("cpu")
-TINY = ["model.arch=ViT-tiny-16", "model.weights=random", "data.resolution=64", "data.num_frames=4"]
+TINY = (
+    "model.arch=ViT-tiny-16", "model.weights=random", "data.resolution=64", "data.num_frames=4",
+    "eval.precision=fp32",
+)  # fmt: skip
 
 
 def configured(*pairs: str) -> Config:
@@ -86,6 +89,7 @@ COUNTING = Method(
     loss=lambda model, batch: (torch.zeros(()), {}),
     score=count_score,
     param_groups=lambda model, config: [],
+    cost=lambda config, model, classes: [],
 )
 
 
@@ -141,7 +145,7 @@ def test_a_group_that_does_not_fit_on_the_device_is_scored_by_halves(
         held.append(weakref.ref(moved))
         return moved
 
-    monkeypatch.setattr(evaluate, "_uploader", lambda device: upload)
+    monkeypatch.setattr(loop, "_uploader", lambda device: upload)
     videos = [made_video(number, 12) for number in range(7)]
     clock = Clock()
     results = list(score_stream(tower, method, videos, device=CPU, chunk=500, clock=clock))
@@ -164,13 +168,13 @@ def test_the_model_is_timed_on_a_full_group_or_on_one_view(
         timed.append(sum(len(video.images.flatten(0, 1)) for video in videos))
         return 100.0
 
-    monkeypatch.setattr(evaluate, "measure_ceiling", ceiling)
+    monkeypatch.setattr(timing, "measure_ceiling", ceiling)
     full = made_video(0, 12)
     images, view = len(full.images.flatten(0, 1)), len(full.frame_index[0].unique())
     small = replace(full, images=full.images[:4, :1], frame_index=torch.arange(4)[None])
     small = replace(small, crop_index=torch.zeros(1, dtype=torch.int64))
     for limit, elapsed, expected in ((1e9, 10.0, images), (0.0, 1e9, view), (0.0, 0.0, None)):
-        monkeypatch.setattr(evaluate, "CEILING_LIMIT", limit)
+        monkeypatch.setattr(timing, "CEILING_LIMIT", limit)
         clock = Clock()
         videos = [full, full, small]
         list(score_stream(CountingTower(), COUNTING, videos, device=CPU, chunk=images,
@@ -178,9 +182,9 @@ def test_the_model_is_timed_on_a_full_group_or_on_one_view(
         clock.waits["compute"] = 1.0
         clock.ended = clock.started + elapsed
         timed.clear()
-        evaluate._time_the_model(CountingTower(), COUNTING, clock)
+        timing.time_the_model(CountingTower(), COUNTING, clock)
         assert timed == ([] if expected is None else [expected])
-        assert clock.summary()["model_images_per_second"] == (None if expected is None else 100.0)
+        assert clock.speed().model_images_per_second == (None if expected is None else 100.0)
 
 
 @pytest.mark.parametrize("crops", [1, 3])
@@ -191,7 +195,7 @@ def test_twenty_frames_in_ten_dense_clips_are_encoded_once_a_crop(
     write_clip(tmp_path / "short.mp4", frames[np.arange(20) % len(frames)])
     views = ("test.clips=10", "test.sampling=dense", f"test.crops={crops}", "data.num_frames=8")
     config = configured(*views, "classifier.source=random_normal")
-    model = prepare(METHODS["text4vis"].build(config, NAMES), "fp32", CPU)
+    model = ready(METHODS["text4vis"].build(config, NAMES), config, device=CPU).model
     shown: list[int] = []
     model.get_submodule("visual").register_forward_pre_hook(
         lambda _, given: shown.append(len(given[0]))
@@ -208,7 +212,7 @@ def test_twenty_frames_in_ten_dense_clips_are_encoded_once_a_crop(
 def test_scores_equal_the_naive_order_of_work(header: str) -> None:
     config = configured(f"text4vis.header={header}", "text4vis.header_layers=2")
     method = METHODS["text4vis"]
-    model = prepare(method.build(config, NAMES), "fp32", CPU)
+    model = ready(method.build(config, NAMES), config, device=CPU).model
     videos = [made_video(number, frames) for number, frames in enumerate((6, 40, 9))]
     fast = list(score_stream(model, method, videos, device=CPU, chunk=7))
     for item, video in zip(fast, videos, strict=True):
@@ -219,15 +223,11 @@ def test_scores_equal_the_naive_order_of_work(header: str) -> None:
         torch.testing.assert_close(item.scores, (100 * cosine).softmax(dim=-1), atol=1e-6, rtol=0)
 
 
-def test_half_precision_follows_the_device() -> None:
-    config = configured()
-    model = METHODS["text4vis"].build(config, NAMES)
-    with pytest.raises(UserError, match=r"eval.precision=fp16 needs a GPU"):
-        prepare(model, "fp16", CPU)
-    prepare(model, "bf16", CPU)
-    assert {parameter.dtype for parameter in model.visual.parameters()} == {torch.bfloat16}
-    assert model.classifier.dtype == torch.float32
-    item = next(score_stream(model, METHODS["text4vis"], [made_video(0, 9)], device=CPU, chunk=9))
+def test_scores_of_a_trunk_in_bf16_are_fp32_probabilities() -> None:
+    config = configured("eval.precision=bf16")
+    method = METHODS["text4vis"]
+    model = ready(method.build(config, NAMES), config, device=CPU, packed=False).model
+    item = next(score_stream(model, method, [made_video(0, 9)], device=CPU, chunk=9))
     assert isinstance(item, Scored)
     assert item.scores.dtype == torch.float32 and item.scores.sum() == pytest.approx(1, abs=1e-5)
 
@@ -236,7 +236,7 @@ def test_clock_shares_are_percentages_of_the_run() -> None:
     clock = Clock()
     with clock.waiting_for("decode"):
         sum(range(100_000))
-    summary = clock.summary()
-    assert 0 < summary["decode_percent"] <= 100
-    assert summary["transfer_percent"] == summary["compute_percent"] == 0
-    assert dataclasses.is_dataclass(clock)
+    speed = clock.speed(tower="fp32 on cpu", decoding="no GPU")
+    assert 0 < speed.decode_percent <= 100
+    assert speed.transfer_percent == speed.compute_percent == 0
+    assert (speed.tower, speed.decoding, speed.processes) == ("fp32 on cpu", "no GPU", None)

@@ -15,14 +15,8 @@ import pytest
 
 from kineticlip.__main__ import main
 from kineticlip.commands.demo.clips import render_clip, write_clip
-from kineticlip.evaluation.processes import (
-    Order,
-    _failures,
-    check_same_run,
-    combined_speed,
-    finished_videos,
-    merge_parts,
-)
+from kineticlip.evaluation.parts import check_same_run, finished_videos, merge_parts
+from kineticlip.evaluation.processes import Order, _failures
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.journal import Journal, read_journal
 
@@ -146,23 +140,6 @@ def test_failures_are_one_line(tmp_path: Path) -> None:
     assert _failures(orders, [2, -15]) == ["list.txt: no such file"]
     assert _failures(orders, [0, -9]) == ["process 1 was killed by signal 9; run again to go on"]
     assert _failures(orders, [0, 0]) == []
-
-
-def test_speeds_add_up() -> None:
-    one = {
-        "seconds": 10.0, "videos_per_second": 1.0, "views_per_second": 3.0,
-        "images_per_second": 8.0, "videos": 10, "images": 80, "chunk": 16, "chunk_halvings": 1,
-        "model_images_per_second": 10.0, "percent_of_model_speed": 80.0, "decode_percent": 20.0,
-    }  # fmt: skip
-    both = combined_speed([one, {**one, "seconds": 20.0, "decode_percent": 40.0}])
-    assert both["videos"] == 20 and both["videos_per_second"] == 1.0
-    assert both["views_per_second"] == 4.5 and both["decode_percent"] == 30.0
-    assert both["percent_of_model_speed"] == pytest.approx(40.0)
-    assert combined_speed([]) == {}
-    untimed = {**one, "model_images_per_second": None, "percent_of_model_speed": None}
-    assert combined_speed([one, untimed])["model_images_per_second"] is None
-    idle = {**untimed, "videos": 0, "images": 0}
-    assert combined_speed([one, idle])["percent_of_model_speed"] == pytest.approx(80.0)
 
 
 def test_more_processes_than_sense(

@@ -26,8 +26,8 @@ from kineticlip.evaluation.protocols import (
     PROTOCOLS,
     check_protocols,
     collect,
-    measure,
     over_splits,
+    protocol_numbers,
 )
 from kineticlip.evaluation.results import read_results
 from kineticlip.runtime.errors import UserError
@@ -187,7 +187,7 @@ def test_unreadable_videos_are_left_out_of_every_number() -> None:
     scores = np.array([[0.9, 0.1], [np.nan, np.nan], [0.2, 0.8]], dtype=np.float32)
     entries = [Entry("a", "a", 0), Entry("b", "b", 0), Entry("c", "c", 0)]
     found = collect(scores, entries, world_size=1, batch_size=1)
-    assert measure(["official-padded"], found)["official_padded_top1"] == 50
+    assert protocol_numbers(["official-padded"], found)["official_padded_top1"] == 50
     with pytest.raises(UserError, match="no video could be scored"):
         collect(scores[1:2], entries[1:2], world_size=1, batch_size=1)
     with pytest.raises(UserError, match=r"--metrics mapp: unknown\. Did you mean 'map'\?"):

@@ -19,9 +19,12 @@ from safetensors.numpy import save_file
 
 from kineticlip.config import load_config
 from kineticlip.evaluation import metrics
-from kineticlip.evaluation.results import Results, ResultWriter, protocol_fingerprint, read_results
+from kineticlip.evaluation.fingerprint import protocol_fingerprint
+from kineticlip.evaluation.result_writer import ResultWriter
+from kineticlip.evaluation.results import Results, read_results
 from kineticlip.evaluation.rows import VideoRow, summarize
 from kineticlip.runtime.errors import UserError
+from made_results import SPEED
 
 NAMES = ["a red ball", "b\u00e4r \u718a", "<script>", "running", "jumping", "sitting", "eating"]
 ENTRIES = [(f"clips/video {n}.mp4", n % len(NAMES)) for n in range(20)]
@@ -52,7 +55,7 @@ def run(folder: Path, positions: Sequence[int] = range(20)) -> dict[str, Any]:
     with open_writer(folder) as writer:
         for position in positions:
             add(writer, position)
-        return writer.finish(machine=MACHINE, speed={"videos_per_second": 3.5}, extra={"mAP": 7.0})
+        return writer.finish(machine=MACHINE, speed=SPEED, extra={"mAP": 7.0})
 
 
 def test_rows_hold_everything_in_list_order(tmp_path: Path) -> None:
@@ -96,7 +99,7 @@ def test_summary_counts_and_intervals(tmp_path: Path) -> None:
     assert summary["bad_reasons"] == {"no video stream (audio only)": 2}
     assert summary["decoders"] == {"pyav": 18} and summary["views"] == 108
     assert summary["protocol"] == PROTOCOL and summary["machine"] == MACHINE
-    assert summary["speed"] == {"videos_per_second": 3.5} and summary["extra"] == {"mAP": 7.0}
+    assert summary["speed"] == SPEED.to_json() and summary["extra"] == {"mAP": 7.0}
 
 
 def test_parquet_metadata_carry_the_provenance(tmp_path: Path) -> None:
@@ -128,7 +131,7 @@ def test_killed_process_loses_nothing(tmp_path: Path) -> None:
         "for n in range(5): t.add(writer, n)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment)
     assert done.returncode == -signal.SIGKILL
     with open_writer(tmp_path) as writer:

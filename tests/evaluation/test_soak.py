@@ -26,7 +26,7 @@ from kineticlip.config import load_config
 from kineticlip.data.entries import Entry
 from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.evaluation.loop import Scored, score_stream
-from kineticlip.evaluation.ready import prepare
+from kineticlip.evaluation.ready import ready
 from kineticlip.methods import METHODS
 from kineticlip.methods.trunk import statistics_of
 
@@ -35,13 +35,14 @@ def resident():
 
 paths, count = sys.argv[2:], int(sys.argv[1])
 config = load_config(None, ["model.arch=ViT-tiny-16", "model.weights=random",
-    "data.resolution=64", "data.num_frames=4", "classifier.source=random_normal"])
+    "data.resolution=64", "data.num_frames=4", "classifier.source=random_normal",
+    "eval.precision=fp32"])
 method = METHODS["text4vis"]
-model = prepare(method.build(config, ("left", "right")), "fp32", torch.device("cpu"))
+found = ready(method.build(config, ("left", "right")), config, device=torch.device("cpu"))
 entries = [Entry(f"video{n}", paths[n % len(paths)], 0) for n in range(count)]
 start, scored = 0.0, 0
-loader = ScoringLoader(entries, config, statistics=statistics_of(model))
-for item in score_stream(model, method, loader, device=torch.device("cpu"), chunk=16):
+loader = ScoringLoader(entries, config, statistics=statistics_of(found.model))
+for item in score_stream(found.model, method, loader, device=torch.device("cpu"), chunk=16):
     scored += isinstance(item, Scored)
     if scored == count // 4:
         start = resident()

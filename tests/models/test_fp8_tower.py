@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kineticlip.evaluation.ready import prepare
 from kineticlip.models.architectures import VisionShape
 from kineticlip.models.fp8 import EightBitBlock, quantize_tower
 from kineticlip.models.vision import VisionTransformer
@@ -82,8 +81,3 @@ def test_what_cannot_run_in_8_bits() -> None:
     made = VisionTransformer(SHAPE, control_point=lambda width: nn.Identity())
     with pytest.raises(UserError, match="temporal modules"):
         quantize_tower(made)
-
-
-def test_a_cpu_is_told_what_to_use_instead() -> None:
-    with pytest.raises(UserError, match="fp8 is for GPUs; on a CPU use int8 or bf16"):
-        prepare(nn.Linear(2, 2), "fp8", torch.device("cpu"))

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from itertools import count
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kineticlip.config import load_config
-from kineticlip.evaluation import ready as inference
-from kineticlip.evaluation.ready import make_steady, prepare, probe_chunk
-from kineticlip.methods import METHODS
 from kineticlip.models.architectures import architecture
 from kineticlip.models.packed import (
     ByteLinear,
@@ -30,8 +24,6 @@ from kineticlip.models.vision import VisionTransformer
 from kineticlip.runtime.errors import UserError
 
 CPU = torch.device("cpu")
-TINY = ["model.arch=ViT-tiny-16", "model.weights=random", "data.resolution=64"]
-NAMES = ("archery", "bowling", "cooking")
 
 
 def tower(seed: int = 0, **changes: object) -> VisionTransformer:
@@ -95,12 +87,6 @@ def test_fp32_is_left_alone_and_resnets_too() -> None:
         pack_tower(nn.Linear(2, 2), "int8")
 
 
-def test_int8_needs_a_cpu() -> None:
-    model = METHODS["text4vis"].build(load_config(None, TINY), NAMES)
-    with pytest.raises(UserError, match="int8 is for CPUs"):
-        prepare(model, "int8", torch.device("cuda"))
-
-
 def test_a_steady_tower_shows_one_shape_and_changes_nothing() -> None:
     plain, shapes = tower(), []
 
@@ -146,28 +132,6 @@ def test_a_compiled_int8_tower_says_the_same() -> None:
         assert cosine(plain(pixels(3)), before) > 0.9999
 
 
-@pytest.mark.parametrize(
-    ("pairs", "images", "expected"),
-    [
-        ((), 10**5, True),
-        ((), 100, False),
-        (("eval.compile=always",), 1, True),
-        (("eval.compile=never",), 10**5, False),
-        (("eval.deterministic=true",), 10**5, False),
-    ],
-)
-def test_only_long_int8_runs_compile(
-    pairs: tuple[str, ...], images: int, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inference, "why_no_compiler", lambda: "")
-    monkeypatch.setattr(inference, "_PROBES", {})
-    monkeypatch.setattr(inference, "_rate", lambda *_: 1.0)
-    config = load_config(None, [*TINY, "eval.precision=int8", *pairs])
-    model = prepare(METHODS["text4vis"].build(config, NAMES), "int8", CPU, packed=True)
-    _, notes = make_steady(model, config, device=CPU, chunk=6, images=images)  # compiles when run
-    assert any("compiled" in note for note in notes) == expected
-
-
 class Operators(TorchDispatchMode):
     """Notes every operator that runs."""
 
@@ -189,108 +153,3 @@ def test_a_forward_brings_nothing_from_the_host() -> None:
         tower().bfloat16()(pixels(2))
     assert "native_layer_norm" in seen.names
     assert not seen.names & {"lift_fresh", "item", "_local_scalar_dense", "nonzero"}
-
-
-class Timed(nn.Module):
-    """A tower that takes a made-up time, and fails from some size on."""
-
-    def __init__(self, seconds: dict[int, float], fails_from: int = 10**9) -> None:
-        super().__init__()
-        self.now, self.seconds, self.fails_from = 0.0, seconds, fails_from
-
-    def forward(self, images: Tensor) -> Tensor:
-        if len(images) >= self.fails_from:
-            raise torch.OutOfMemoryError("made up")
-        self.now += self.seconds[len(images)]
-        return images
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (Timed({1: 1.0, 2: 1.2, 4: 1.5, 8: 2.9, 16: 5.8}), 4),  # 8 gains 3 %
-        (Timed({1: 1.0, 2: 1.2, 4: 1.5, 8: 2.0}, fails_from=4), 2),
-        (Timed({1: 1.0, 2: 2.1}), 1),
-    ],
-)
-def test_the_probe_stops_where_doubling_gains_little(
-    model: Timed, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inference, "_PROBES", {})
-    settings = {"device": CPU, "arch": "made", "precision": "fp32", "resolution": 8}
-    probe = probe_chunk(model, clock=lambda: model.now, **settings)
-    assert probe.chunk == expected
-    before = model.now
-    assert probe_chunk(model, **settings) is probe and model.now == before
-
-
-def test_the_probe_of_a_gpu_tries_less_than_its_first_size(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tried: list[int] = []
-
-    def rate(tower: nn.Module, size: int, *_: object) -> float:
-        tried.append(size)
-        if size > 3:
-            raise torch.OutOfMemoryError("made up")
-        return float(size)
-
-    monkeypatch.setattr(inference, "_PROBES", {})
-    monkeypatch.setattr(inference, "_rate", rate)
-    settings = {"arch": "made", "precision": "fp32", "resolution": 8}
-    probe = probe_chunk(nn.Identity(), device=torch.device("cuda"), **settings)
-    assert probe.chunk == 2 and tried == [8, 1, 2, 4]
-
-
-def test_not_one_image_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "_PROBES", {})
-    with pytest.raises(torch.OutOfMemoryError):
-        probe_chunk(
-            Timed({}, fails_from=1), device=CPU, arch="made", precision="fp32", resolution=8
-        )
-
-
-@pytest.mark.parametrize(
-    ("pairs", "images", "probed"),
-    [
-        ((), 10**6, True),
-        ((), 100, False),
-        (("eval.batch_frames=6",), 10**6, False),
-        (("eval.deterministic=true",), 10**6, False),
-    ],
-)
-def test_only_long_runs_with_free_shapes_are_probed(
-    pairs: tuple[str, ...], images: int, probed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ticks = count()
-    monkeypatch.setattr(inference, "_PROBES", {})
-    monkeypatch.setattr(inference, "_rate", lambda *_: float(next(ticks) < 3) + 1)
-    config = load_config(None, [*TINY, *pairs])
-    model = prepare(METHODS["text4vis"].build(config, NAMES), "bf16", CPU, packed=True)
-    chunk, notes = make_steady(model, config, device=CPU, chunk=6, images=images)
-    assert any("probed" in note for note in notes) == probed
-    assert (chunk == 6) != probed
-    assert "layers packed by oneDNN" in notes
-
-
-def test_compilation_is_for_towers_of_single_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "why_no_compiler", lambda: "")
-    pairs = ["eval.compile=always", "text4vis.temporal_module=tokenshift"]
-    config = load_config(None, [*TINY, *pairs])
-    model = prepare(METHODS["text4vis"].build(config, NAMES), "bf16", CPU)
-    with pytest.raises(
-        UserError, match=r"eval.compile=always: only for methods that encode single"
-    ):
-        make_steady(model, config, device=CPU, chunk=6, images=10)
-    config = load_config(None, [*TINY, "eval.compile=always"])
-    model = prepare(METHODS["text4vis"].build(config, NAMES), "bf16", CPU)
-    _, notes = make_steady(model, config, device=CPU, chunk=6, images=10)  # compiles when called
-    assert isinstance(model.visual, SteadyTower) and "compiled by Inductor" in notes
-
-
-def test_compilation_without_a_compiler_says_what_to_install() -> None:
-    config = load_config(None, [*TINY, "eval.compile=always"])
-    model = prepare(METHODS["text4vis"].build(config, NAMES), "bf16", CPU)
-    message = r"eval.compile=always: no C\+\+ compiler: install the package g\+\+; or take"
-    with inductor.patch({"cpp.cxx": "no-such-compiler"}), pytest.raises(UserError, match=message):
-        make_steady(model, config, device=CPU, chunk=6, images=10)

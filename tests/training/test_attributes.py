@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from kineticlip.__main__ import main
 from kineticlip.config import ClassifierConfig, Config, ModelConfig, OptimConfig, TrainConfig
-from kineticlip.evaluation.results import ResultWriter
+from kineticlip.evaluation.result_writer import ResultWriter
 from kineticlip.runtime.errors import UserError
 from kineticlip.training.attributes import (
     Attributed,
@@ -129,7 +129,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             values = rng.random(6) * 0.1
             values[label if index % 2 else (label + 1) % 6] += 1
             writer.add(name, values / values.sum(), views=1, frames=9, decoder="pyav")
-        writer.finish(machine={}, speed={})
+        writer.finish(machine={})
     attributes = tmp_path / "a.json"
     assert main(["attributes", "extract", str(tmp_path / "results"), "--out", str(attributes)]) == 0
     assert len(read_attributes(attributes)) == 24

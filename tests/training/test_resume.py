@@ -35,7 +35,7 @@ def words_for(root: Path, out: str) -> list[str]:
 
 def run(words: list[str]) -> None:
     """A process of its own: as the console script, but with the imports done already."""
-    from kineticlip.evaluation.results import ResultWriter
+    from kineticlip.evaluation.result_writer import ResultWriter
 
     add = ResultWriter.add
 

@@ -18,6 +18,7 @@ from kineticlip.commands.options import add_config_options, add_model_options, c
 
 if TYPE_CHECKING:
     from kineticlip.config import Config
+    from kineticlip.evaluation.speed import Performance
 
 LEAST = {"official_processes": 1, "official_batch": 1, "limit": 1, "thumbnails": 0}
 PROTOCOL = """
@@ -80,32 +81,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from kineticlip.runtime.errors import UserError
+    from kineticlip.report.text import describe
 
     if args.part_of_run:
         return _run_part()
-    for name, least in LEAST.items():
-        given = getattr(args, name)
-        if given is not None and given < least:
-            raise UserError(f"--{name.replace('_', '-')} should be at least {least}, got {given}")
+    _check_least(args)
     if args.split:
         return _run_splits(args)
     config = _configured(args)
     out = Path(args.out) if args.out else config.output_dir / "eval"
     summary = _evaluate(args, config, out)
-    if args.json:
-        json.dump({"results": str(out), **summary}, sys.stdout, indent=1)
-        print()
-    else:
-        print("\n".join(describe(summary)))
-        print(f"results: {out}")
+    _print_outcome(args, out, summary, describe(summary))
     return 0 if summary["scored"] else 1
+
+
+def _check_least(args: argparse.Namespace) -> None:
+    from kineticlip.runtime.errors import UserError
+
+    for name, least in LEAST.items():
+        given = getattr(args, name)
+        if given is not None and given < least:
+            raise UserError(f"--{name.replace('_', '-')} should be at least {least}, got {given}")
+
+
+def _print_outcome(
+    args: argparse.Namespace, out: Path, document: dict[str, Any], lines: list[str]
+) -> None:
+    """The document with --json, else the lines; and where the files are."""
+    if args.json:
+        json.dump({"results": str(out), **document}, sys.stdout, indent=1)
+        print()
+        return
+    print("\n".join([*lines, f"results: {out}"]))
 
 
 def _run_part() -> int:
     """A process of evaluate_in_processes: scores the share that its parent hands it."""
     from kineticlip.config import config_from_dict
-    from kineticlip.evaluation.processes import Order, write_speed
+    from kineticlip.evaluation.processes import Order, write_performance
     from kineticlip.evaluation.run import ListOptions, evaluate_share
     from kineticlip.runtime.distributed import end_with
 
@@ -114,18 +127,38 @@ def _run_part() -> int:
     part = Path(order.part)
     config = config_from_dict(order.config, "the parent process")
     options = ListOptions(**{**order.settings, "quiet": True})
-    speed = evaluate_share(config, part, options, videos=order.videos, whole=Path(order.out))
-    write_speed(part, speed)
+    found = evaluate_share(config, part, options, videos=order.videos, whole=Path(order.out))
+    write_performance(part, found)
     return 0
 
 
 def _run_splits(args: argparse.Namespace) -> int:
     """Every split into a folder of its own; splits.json beside them has mean and deviation."""
-    from kineticlip.evaluation.protocols import describe_splits, over_splits
-    from kineticlip.evaluation.run import listed_videos
-    from kineticlip.runtime.errors import UserError
+    from kineticlip.evaluation.protocols import over_splits
+    from kineticlip.report.text import describe, describe_splits
     from kineticlip.runtime.files import write_atomic
     from kineticlip.runtime.journal import dump_json
+
+    configs = _split_configs(args)
+    out, summaries = Path(args.out) if args.out else configs[0].output_dir / "eval", []
+    for number, config in enumerate(configs, 1):
+        summary = _evaluate(args, config, out / f"split{number}")
+        summaries.append(summary)
+        if not args.json:
+            print(f"split {number}: {config.data.val_list}")
+            print("\n".join(f"  {line}" for line in describe(summary)))
+    splits = [{"list": listing, "labels": labels} for listing, labels in args.split]
+    combined = over_splits(summaries)
+    document = {"splits": splits, "over_splits": combined}
+    write_atomic(out / "splits.json", dump_json(document, indent=1))
+    _print_outcome(args, out, document, describe_splits(combined))
+    return 0
+
+
+def _split_configs(args: argparse.Namespace) -> list[Config]:
+    """A configuration for every split. A mistake in the last shows before the first is scored."""
+    from kineticlip.evaluation.run import listed_videos
+    from kineticlip.runtime.errors import UserError
 
     if args.list is not None or args.labels is not None:
         raise UserError(
@@ -133,28 +166,10 @@ def _run_splits(args: argparse.Namespace) -> int:
         )
     configs = []
     for listing, labels in args.split:
-        args.list, args.labels = listing, labels
-        configs.append(_configured(args))
-        listed_videos(configs[-1])  # a mistake in the last list shows before the first is scored
-    out, summaries = Path(args.out) if args.out else configs[0].output_dir / "eval", []
-    for number, config in enumerate(configs, 1):
-        listing = config.data.val_list
-        summary = _evaluate(args, config, out / f"split{number}")
-        summaries.append(summary)
-        if not args.json:
-            print(f"split {number}: {listing}")
-            print("\n".join(f"  {line}" for line in describe(summary)))
-    splits = [{"list": listing, "labels": labels} for listing, labels in args.split]
-    combined = over_splits(summaries)
-    document = {"splits": splits, "over_splits": combined}
-    write_atomic(out / "splits.json", dump_json(document, indent=1))
-    if args.json:
-        json.dump({"results": str(out), **document}, sys.stdout, indent=1)
-        print()
-    else:
-        print("\n".join(describe_splits(combined)))
-        print(f"results: {out}")
-    return 0
+        split = argparse.Namespace(**{**vars(args), "list": listing, "labels": labels})
+        configs.append(_configured(split))
+        listed_videos(configs[-1])
+    return configs
 
 
 def _configured(args: argparse.Namespace) -> Config:
@@ -176,10 +191,10 @@ def _configured(args: argparse.Namespace) -> Config:
 def _evaluate(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
     from kineticlip.evaluation.run import ListOptions, evaluate_list
 
-    speed = _share_out(args, config, out) if args.num_processes is not None else None
+    found = _share_out(args, config, out) if args.num_processes is not None else None
     options = ListOptions(
         limit=args.limit,
-        fresh=args.fresh and speed is None,
+        fresh=args.fresh and args.num_processes is None,
         keep_scores=args.scores,
         thumbnails=args.thumbnails,
         quiet=args.json,
@@ -187,12 +202,13 @@ def _evaluate(args: argparse.Namespace, config: Config, out: Path) -> dict[str, 
         official_processes=args.official_processes,
         official_batch=args.official_batch,
     )
-    return evaluate_list(config, out, options, speed=speed)
+    return evaluate_list(config, out, options, performance=found)
 
 
-def _share_out(args: argparse.Namespace, config: Config, out: Path) -> dict[str, Any]:
-    """Has all videos scored by several processes; gives their speed."""
-    from kineticlip.evaluation.processes import evaluate_in_processes, remove_run
+def _share_out(args: argparse.Namespace, config: Config, out: Path) -> Performance | None:
+    """Has all videos scored by several processes; gives their performance."""
+    from kineticlip.evaluation.parts import remove_run
+    from kineticlip.evaluation.processes import evaluate_in_processes
     from kineticlip.evaluation.run import listed_videos
 
     _, listed = listed_videos(config)
@@ -207,73 +223,3 @@ def _share_out(args: argparse.Namespace, config: Config, out: Path) -> dict[str,
         settings={"limit": args.limit, "keep_scores": args.scores or bool(args.metrics)},
         progress=not args.json,
     )
-
-
-def describe(summary: dict[str, Any]) -> list[str]:
-    """The summary in a few lines for a person."""
-    from kineticlip.config import EIGHT_BITS
-    from kineticlip.evaluation.protocols import describe_extra
-
-    lines = []
-    protocol = summary["protocol"]
-    if protocol["weights"] == "untrained":
-        lines.append("UNTRAINED weights: these numbers say nothing about any trained model")
-    if summary["top1"] is not None:
-        low, high = summary["top1_interval"]
-        lines.append(
-            f"top-1 {summary['top1']:.2f} % [{low:.2f}, {high:.2f}]   "
-            f"top-5 {summary['top5']:.2f} %   mean class {summary['mean_class_accuracy']:.2f} %"
-        )
-    elif summary["scored"]:
-        lines.append("no accuracy: no video that was scored has one label")
-    else:
-        lines.append("no video could be read; is --root right?")
-    videos, classes = _plural(summary["scored"], "video"), _plural(summary["classes"], "class")
-    views = (_plural(protocol[f"{what}s"], what) for what in ("clip", "crop", "frame"))
-    lines.append(f"{videos} of {classes}, {' x '.join(views)}")
-    extra = summary["extra"]
-    eight = next((name for name in EIGHT_BITS if name in extra), None)
-    if eight is not None:
-        delta = extra[eight]
-        lines.append(
-            f"{eight} against bf16 on one view of {delta['videos']} videos: "
-            f"top-1 equal in {delta['top1_agreement']:.0f} %, top-5 set in "
-            f"{delta['top5_agreement']:.0f} %; scores differ by at most "
-            f"{delta['score_difference']:.1e}"
-        )
-    lines += describe_extra({key: value for key, value in extra.items() if key != eight})
-    if summary["bad"]:
-        reasons = "; ".join(f"{count} x {why}" for why, count in summary["bad_reasons"].items())
-        bad = _plural(summary["bad"], "video")
-        lines.append(f"{bad} could not be decoded, not counted: {reasons}")
-        lines += [f"  {name}" for name in summary["bad_videos"]]
-        if summary["bad"] > len(summary["bad_videos"]):
-            lines.append("  and others; results.parquet names all")
-    if summary["repeated"]:
-        lines.append(f"lines of the list that repeat a video: {summary['repeated']}")
-    speed = summary["speed"]
-    if speed.get("videos"):
-        waits = ", ".join(
-            f"{what} {speed[f'{what}_percent']:.0f} %" for what in ("decode", "transfer", "compute")
-        )
-        lines.append(
-            f"{speed['videos_per_second']:.2f} videos/s, "
-            f"{speed['images_per_second']:.1f} images/s, "
-            f"{_model_share(speed)}; waiting: {waits}"
-        )
-        lines.append(f"{speed['tower']}; {speed['chunk']} images a forward")
-        decoders = ", ".join(f"{name} {count}" for name, count in summary["decoders"].items())
-        lines.append(f"decoded by {decoders} ({speed['decoding']}); bad files: {summary['bad']}")
-        lines += [f"  {count} of them {why}" for why, count in summary["fallbacks"].items()]
-    return lines
-
-
-def _plural(count: int, word: str) -> str:
-    ending = "" if count == 1 else "es" if word.endswith("s") else "s"
-    return f"{count} {word}{ending}"
-
-
-def _model_share(speed: dict[str, Any]) -> str:
-    if speed["percent_of_model_speed"] is None:
-        return "the model alone not timed (one group takes too long)"
-    return f"{speed['percent_of_model_speed']:.0f} % of the model alone"

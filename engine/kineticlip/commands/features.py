@@ -25,8 +25,9 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from kineticlip.data.scoring_loader import ScoringLoader
-    from kineticlip.evaluation.feature_store import cut_of, facts_of, write_features
-    from kineticlip.evaluation.ready import default_chunk, prepare
+    from kineticlip.evaluation.feature_store import cut_of, facts_of
+    from kineticlip.evaluation.feature_writer import write_features
+    from kineticlip.evaluation.ready import ready
     from kineticlip.evaluation.recognizer import pick_device
     from kineticlip.evaluation.run import listed_videos
     from kineticlip.methods import method_named
@@ -45,12 +46,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{config.data.val_list}: no video to encode; {listed.summary()}")
     if listed.empty or listed.short:
         print(listed.summary(), file=sys.stderr)
-    method, device = method_named(config.method), pick_device()
+    method = method_named(config.method)
     model = method.build(config, class_names)
     if "visual" in as_video_model(model).untrained and config.model.weights != "random":
         raise UserError(f"{config.model.weights}: no trained weights for the trunk")
     facts = facts_of(config, method, model)
-    prepare(model, config.eval.precision, device)
+    found = ready(model, config, device=pick_device(), packed=False)
     with tqdm(total=len(entries), unit="video", disable=args.json) as bar:
         written, bad = write_features(
             args.out,
@@ -63,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
             entries,
             encode=cut_of(config, method, model).encode,
             facts=facts,
-            device=device,
-            chunk=config.eval.batch_frames or default_chunk(device),
+            ready=found,
             done=bar.update,
         )
     outcome = {"features": args.out, "rows": facts["rows"], "written": written, "unreadable": bad}

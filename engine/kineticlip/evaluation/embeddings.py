@@ -17,7 +17,7 @@ from kineticlip.data.batch import BadVideo
 from kineticlip.data.entries import Entry
 from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.evaluation.loop import Scored, score_stream
-from kineticlip.evaluation.ready import default_chunk, prepare
+from kineticlip.evaluation.ready import ready
 from kineticlip.methods import METHODS, method_named
 from kineticlip.methods.text4vis import embed_videos, video_model
 from kineticlip.methods.trunk import statistics_of
@@ -43,13 +43,15 @@ def video_embeddings(
     where no video can be read.
     """
     text4vis, weights = METHODS["text4vis"], method_named(config.method).weights(config)
-    model = prepare(video_model(config, weights), config.eval.precision, device)
+    found = ready(video_model(config, weights), config, device=device, packed=False)
     stream = score_stream(
-        model,
+        found.model,
         replace(text4vis, score=embed_videos),
-        ScoringLoader(entries, config, statistics=statistics_of(model), pipeline=text4vis.pipeline),
+        ScoringLoader(
+            entries, config, statistics=statistics_of(found.model), pipeline=text4vis.pipeline
+        ),
         device=device,
-        chunk=config.eval.batch_frames or default_chunk(device),
+        chunk=found.chunk,
     )
     rows, labels, names, bad = [], [], [], []
     for item in tqdm(stream, total=len(entries), unit="video", disable=not progress):

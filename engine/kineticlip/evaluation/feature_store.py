@@ -1,7 +1,8 @@
-"""What a frozen trunk makes of a list of videos, written once: heads then train in seconds.
+"""What a frozen trunk makes of a list of videos, read instead of pixels: heads train in seconds.
 
-A folder holds `index.jsonl`, a journal whose first line says what everything was made with, and
-shards of tensors; a line of the journal names the videos of one shard, which is there already.
+A folder, written by `feature_writer`, holds `index.jsonl`, a journal whose first line says what
+everything was made with, and shards of tensors; a line of the journal names the videos of one
+shard, which is there already.
 Letters: U distinct frames and V distinct crops of a video, K clips, T frames, N tokens, D width,
 E embedding.
 """
@@ -9,8 +10,7 @@ E embedding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,15 +26,13 @@ from kineticlip.data.entries import Entry
 from kineticlip.data.order import order_of
 from kineticlip.data.pipelines import pipeline_of
 from kineticlip.data.statistics import CLIP_STATISTICS
-from kineticlip.formats.files import write_safetensors
 from kineticlip.methods import METHODS
 from kineticlip.methods.method import Cut, Method
 from kineticlip.methods.trunk import statistics_of
 from kineticlip.runtime.errors import UserError
-from kineticlip.runtime.journal import Journal, first_difference, read_journal
+from kineticlip.runtime.journal import first_difference, read_journal
 
 INDEX = "index.jsonl"
-SHARD_BYTES = 1 << 28
 FORMAT = 1
 
 Facts = dict[str, Any]
@@ -81,95 +79,6 @@ def _digest(model: nn.Module) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
-
-
-def write_features(
-    folder: str | Path,
-    stream: Callable[[Sequence[Entry]], Iterable[VideoViews | BadVideo]],
-    entries: Sequence[Entry],
-    *,
-    encode: Callable[[Tensor], Tensor],
-    facts: Mapping[str, Any],
-    device: torch.device,
-    chunk: int,
-    shard_bytes: int = SHARD_BYTES,
-    done: Callable[[int], object] = lambda count: None,
-) -> tuple[int, int]:
-    """Encodes the entries that the folder lacks -> (videos written, unreadable ones).
-
-    stream(entries) gives their views, in order; encode is that of a Cut, and every distinct image
-    goes through it once. Rows keep the trunk's dtype. A kill loses the shard that was being
-    filled, and no more. UserError where the folder was made with other settings or is being
-    written.
-    """
-    folder = Path(folder)
-    journal = Journal(folder / INDEX, facts)
-    with closing(journal):
-        known = {name for row in journal.rows for name in (*row["videos"], *row["bad"])}
-        todo = [entry for entry in {e.name: e for e in entries}.values() if entry.name not in known]
-        shard = _Shard(folder, journal, len(journal.rows))
-        for item in stream(todo):
-            if isinstance(item, BadVideo):
-                shard.bad[item.name] = item.reason
-            else:
-                shard.add(item, encode_images(encode, item.images, device, chunk))
-            done(1)
-            if shard.size >= shard_bytes:
-                shard = shard.finish()
-        last = shard.finish()
-        rows = [*journal.rows, *last.written]
-    return len(todo) - sum(len(r["bad"]) for r in last.written), sum(len(r["bad"]) for r in rows)
-
-
-def encode_images(
-    encode: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, chunk: int
-) -> Tensor:
-    """[U, V, 3, S, S] -> [U, V, ...] on the CPU."""
-    flat = images.flatten(0, 1).split(chunk)
-    with torch.inference_mode():
-        rows = torch.cat([encode(part.to(device)).cpu() for part in flat])
-    views: Tensor = rows.unflatten(0, images.shape[:2])
-    return views
-
-
-class _Shard:
-    """Videos on their way to one file, and the journal lines of this process so far."""
-
-    def __init__(self, folder: Path, journal: Journal, number: int) -> None:
-        self.folder, self.journal, self.number = folder, journal, number
-        self.tensors: dict[str, Tensor] = {}
-        self.videos: dict[str, Facts] = {}
-        self.bad: dict[str, str] = {}
-        self.written: list[Facts] = []
-
-    @property
-    def size(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def add(self, video: VideoViews, rows: Tensor) -> None:
-        key = str(len(self.tensors))
-        self.tensors[key] = rows
-        self.videos[video.name] = {
-            "key": key,
-            "frame_index": video.frame_index.tolist(),
-            "crop_index": video.crop_index.tolist(),
-            "decoder": video.decoder,
-            "num_frames": video.num_frames,
-        }
-
-    def finish(self) -> _Shard:
-        """Writes file, then line; -> an empty shard behind this one."""
-        if not self.videos and not self.bad:
-            return self
-        name = f"{self.number:06d}.safetensors"
-        if self.tensors:
-            write_safetensors(self.folder / name, self.tensors, {"format": "kineticlip-features"})
-        line = {"shard": name, "videos": self.videos, "bad": self.bad}
-        self.journal.append(line)
-        self.journal.sync()
-        after = _Shard(self.folder, self.journal, self.number + 1)
-        after.written = [*self.written, line]
-        return after
 
 
 class FeatureStore:

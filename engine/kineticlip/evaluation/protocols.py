@@ -40,16 +40,21 @@ def collect(
     kept = ~np.isnan(scores).any(axis=1)
     if not kept.any():
         raise UserError("no video could be scored: there is nothing to measure")
-    targets = np.zeros(scores.shape, dtype=bool)
-    for row, entry in zip(targets, entries, strict=True):
-        row[list((entry.label,) if entry.labels is None else entry.labels)] = True
     return Scores(
         scores=scores[kept],
         labels=np.array([entry.label for entry in entries], dtype=np.int64)[kept],
-        targets=targets[kept],
+        targets=targets_of(entries, scores.shape[1])[kept],
         world_size=world_size,
         batch_size=batch_size,
     )
+
+
+def targets_of(entries: Sequence[Entry], num_classes: int) -> NDArray[np.bool_]:
+    """Which classes each entry has: bool [N, C]."""
+    targets = np.zeros((len(entries), num_classes), dtype=bool)
+    for row, entry in zip(targets, entries, strict=True):
+        row[list((entry.label,) if entry.labels is None else entry.labels)] = True
+    return targets
 
 
 def _zero_shot(found: Scores) -> Extra:
@@ -122,7 +127,7 @@ def check_protocols(names: Sequence[str], entries: Sequence[Entry], *, num_class
         raise UserError("--metrics multilabel: no video of the list has a label")
 
 
-def measure(names: Sequence[str], found: Scores) -> Extra:
+def protocol_numbers(names: Sequence[str], found: Scores) -> Extra:
     """The numbers of these protocols under their names, for `extra` of a summary."""
     extra: Extra = {}
     for name in names:
@@ -147,21 +152,3 @@ def over_splits(summaries: Sequence[Mapping[str, Any]]) -> Extra:
                 "values": values,
             }
     return combined
-
-
-def describe_extra(extra: Mapping[str, Any]) -> list[str]:
-    """One line a number."""
-    lines = []
-    for name, value in extra.items():
-        shown = f"{value:.2f} %" if isinstance(value, float) else str(value)
-        lines.append(f"{name.replace('_', ' ')}: {shown}")
-    return lines
-
-
-def describe_splits(combined: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line a number: mean, deviation, and the splits it is made of."""
-    return [
-        f"{name.replace('_', ' ')}: {each['mean']:.2f} +- {each['std']:.2f} % "
-        f"({', '.join(f'{value:.2f}' for value in each['values'])})"
-        for name, each in combined.items()
-    ]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from kineticlip.config import Config, EvalPrecision
+from kineticlip.config import EIGHT_BITS, Config, EvalPrecision
+from kineticlip.evaluation.probe import probe_chunk, worth_probing
 from kineticlip.methods.method import as_video_model
 from kineticlip.models.fp8 import quantize_tower
-from kineticlip.models.packed import ByteLinear, PackedLinear, compile_bytes, pack_tower
-from kineticlip.models.steady import compiled, graphed
+from kineticlip.models.packed import compile_bytes, pack_tower
+from kineticlip.models.steady import SteadyTower, compiled, graphed
 from kineticlip.models.vision import VisionTransformer
 from kineticlip.runtime.compiler import why_no_compiler
 from kineticlip.runtime.errors import UserError
@@ -23,166 +23,99 @@ DTYPES["int8"] = DTYPES["fp8"] = torch.bfloat16  # of everything but the tower's
 COMPILED_FROM = 5000  # images of a run, to earn back its compilation
 
 
-def make_steady(
-    model: nn.Module, config: Config, *, device: torch.device, chunk: int, images: int
-) -> tuple[int, list[str]]:
-    """Readies `model.visual` for about `images` images; (images per forward, what was chosen).
+@dataclass(frozen=True, kw_only=True)
+class ReadyModel:
+    """A model ready to score, and how it should be run.
+
+    chunk: images per forward of its trunk. notes: what was chosen, for people. reference: the
+    same model in bf16, to compare, where it was asked for and the precision has 8 bits.
+    """
+
+    model: nn.Module
+    device: torch.device
+    chunk: int
+    notes: tuple[str, ...] = ()
+    reference: nn.Module | None = None
+
+
+def ready(
+    model: nn.Module,
+    config: Config,
+    *,
+    device: torch.device,
+    packed: bool = True,
+    with_reference: bool = False,
+) -> ReadyModel:
+    """Moves the model to the device for inference; its trunk `visual` runs in eval.precision.
+
+    The weights themselves are cast (not autocast): on a CPU that is twice as fast, and heads and
+    classifiers stay in float32. packed: the trunk's large layers in the CPU's own format or in 8
+    bits on a GPU, which takes no further weights; int8 and fp8 are bf16 without it. Where
+    eval.compile is `always`, Inductor packs by itself. with_reference: of a model in 8 bits keep
+    the one in bf16 too.
+
+    Raises UserError for fp16 on a CPU, which is slower than fp32, for int8 on a GPU, and for fp8
+    where nothing multiplies it.
+    """
+    precision = config.eval.precision
+    _check_precision(precision, device)
+    reference = None
+    if precision in EIGHT_BITS and with_reference:
+        reference = _for_inference(copy.deepcopy(model), device)
+        reference.get_submodule("visual").to(torch.bfloat16)
+    model = _for_inference(model, device)
+    trunk = model.get_submodule("visual")
+    notes = [f"{precision} on {device.type}"]
+    inductor_packs = config.eval.compile == "always" and precision not in EIGHT_BITS
+    if packed and not inductor_packs and _pack(trunk, precision, device):
+        notes.append("layers packed by oneDNN")
+    trunk.to(DTYPES[precision])
+    return ReadyModel(
+        model=model,
+        device=device,
+        chunk=config.eval.batch_frames or default_chunk(device),
+        notes=tuple(notes),
+        reference=reference,
+    )
+
+
+def ready_for_run(found: ReadyModel, config: Config, *, images: int) -> ReadyModel:
+    """The model of `ready` in the steady state of a run of about `images` images.
 
     The chunk is probed where it is not given, batch shapes may vary and the run is long enough.
     eval.compile: auto records a CUDA graph on a GPU and leaves the packed layers of a CPU alone,
     which cost no compilation; always compiles for either; never does neither. int8 has its
     quantisation compiled: by `always`, and by `auto` in runs that are long enough to earn it back.
+    Raises UserError where `always` finds no compiler, or a method that it cannot compile.
     """
     if config.eval.compile == "always" and (reason := why_no_compiler()):
         raise UserError(f"eval.compile=always: {reason}; or take eval.compile=never")
-    tower = model.get_submodule("visual")
-    notes = [f"{config.eval.precision} on {device.type}"]
-    # Methods that reach into the tower, or show it whole clips, would not use the result.
-    plain = as_video_model(model).plain_tower and isinstance(tower, VisionTransformer)
-    fixed = config.eval.batch_frames or config.eval.deterministic
-    if plain and not fixed and images >= PROBE_SHARE * 4 * LARGEST[device.type]:
-        probe = probe_chunk(
-            tower,
-            device=device,
-            arch=config.model.arch,
-            precision=config.eval.precision,
-            resolution=config.data.resolution,
-        )
-        chunk = probe.chunk
-        notes.append(f"chunk probed: {chunk} at {probe.rates[chunk]:.1f} images/s")
-    if any(isinstance(layer, ByteLinear | PackedLinear) for layer in tower.modules()):
-        notes.append("layers packed by oneDNN")
+    tower = found.model.get_submodule("visual")
+    if isinstance(tower, SteadyTower):  # of an earlier run with the same model
+        found.model.visual = tower.tower
+    found = _with_probed_chunk(found, config, images)
     if config.eval.precision == "int8":
-        if config.eval.compile == "always" or (
-            config.eval.compile == "auto"
-            and not fixed
-            and images >= COMPILED_FROM
-            and not why_no_compiler()
-        ):
-            compile_bytes(tower)
-            notes.append("quantisation compiled by Inductor")
-    elif config.eval.compile == "always":
-        if not plain:
-            raise UserError(
-                "eval.compile=always: only for methods that encode single images by a plain ViT"
-            )
-        model.visual = compiled(tower, chunk)
-        notes.append("compiled by Inductor")
-    elif config.eval.compile == "auto" and device.type == "cuda" and plain:
-        side = config.data.resolution
-        grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=device)
-        try:
-            model.visual = graphed(tower, chunk, grey)
-            notes.append("one CUDA graph")
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            notes.append(f"no CUDA graph: {chunk} images do not fit beside it")
-    return chunk, notes
+        return _with_compiled_bytes(found, config, images)
+    if config.eval.compile == "always":
+        return _with_compiled_tower(found)
+    if config.eval.compile == "auto" and found.device.type == "cuda" and _encodes_images(found):
+        return _with_graph(found, config.data.resolution)
+    return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChunkProbe:
-    """Images per second by chunk size, as measured, and the chunk taken."""
-
-    chunk: int
-    rates: dict[int, float]
+def default_chunk(device: torch.device) -> int:
+    """Images per trunk forward when nothing was probed: a CPU's caches like few of them."""
+    return 16 if device.type == "cpu" else 256
 
 
-_PROBES: dict[tuple[str, str, str], ChunkProbe] = {}
-PROBE_GAIN = 0.05  # doubling stops where it gains less
-LARGEST = {"cpu": 32, "cuda": 1024}
-PROBE_SHARE = 50  # a probe may cost one image in so many; it runs up to 4 * LARGEST of them
-
-
-def probe_chunk(
-    tower: nn.Module,
-    *,
-    device: torch.device,
-    arch: str,
-    precision: str,
-    resolution: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> ChunkProbe:
-    """The chunk of images from which on doubling gains less than 5 %, by forwards of grey images.
-
-    Remembered by device, architecture and precision for the life of the process. Raises
-    torch.OutOfMemoryError where not even one image fits.
-    """
-    key = (str(device), arch, precision)
-    if key not in _PROBES:
-        _PROBES[key] = _probe(tower, device, resolution, clock)
-    return _PROBES[key]
-
-
-def _probe(
-    tower: nn.Module, device: torch.device, resolution: int, clock: Callable[[], float]
-) -> ChunkProbe:
-    rates: dict[int, float] = {}
-    best = 1
-    size = 1 if device.type == "cpu" else 8
-    with torch.inference_mode():
-        while size <= LARGEST[device.type]:
-            try:
-                rates[size] = _rate(tower, size, device, resolution, clock)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                torch.cuda.empty_cache()
-                if rates:
-                    break
-                size = 1
-                continue
-            if rates[size] < rates.get(best, 0.0) * (1 + PROBE_GAIN) and len(rates) > 1:
-                break
-            best, size = size, 2 * size
-    return ChunkProbe(chunk=best, rates=rates)
-
-
-def _rate(
-    tower: nn.Module,
-    size: int,
-    device: torch.device,
-    resolution: int,
-    clock: Callable[[], float],
-) -> float:
-    images = torch.full((size, 3, resolution, resolution), 128, dtype=torch.uint8, device=device)
-    times = []
-    for _ in range(2):
-        start = clock()
-        tower(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(clock() - start)
-    return size / max(times[-1], 1e-9)  # the first one sets things up
-
-
-def prepare(
-    model: nn.Module, precision: EvalPrecision, device: torch.device, *, packed: bool = False
-) -> nn.Module:
-    """Moves the model to the device for inference; the trunk `visual` runs in `precision`.
-
-    The weights themselves are cast (not autocast): on a CPU that is twice as fast, and heads and
-    classifiers stay in float32. packed: the trunk's large layers in the CPU's own format, which
-    takes no further weights; int8 and fp8 are bf16 without it. Raises UserError for fp16 on a CPU,
-    which is slower than fp32, for int8 on a GPU, and for fp8 where nothing multiplies it.
-    """
+def _check_precision(precision: EvalPrecision, device: torch.device) -> None:
+    """Raises UserError, with what to use instead, where the device cannot run this precision."""
     if precision == "int8" and device.type != "cpu":
         raise UserError("eval.precision=int8 is for CPUs; on a GPU use bf16 or fp8")
-    if precision == "fp8":
-        _check_fp8(device)
     if precision == "fp16" and device.type == "cpu":
         raise UserError("eval.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
-    model = model.to(device).eval().requires_grad_(False)
-    trunk = model.get_submodule("visual")
-    if packed and device.type == "cpu":
-        pack_tower(trunk, precision)
-    elif packed and precision == "fp8":
-        quantize_tower(trunk)
-    trunk.to(DTYPES[precision])
-    return model
-
-
-def _check_fp8(device: torch.device) -> None:
+    if precision != "fp8":
+        return
     if device.type == "cpu":
         raise UserError("eval.precision=fp8 is for GPUs; on a CPU use int8 or bf16")
     if torch.cuda.get_device_capability(device) < (8, 9):
@@ -190,6 +123,75 @@ def _check_fp8(device: torch.device) -> None:
         raise UserError(f"eval.precision=fp8: {name} has no 8-bit floats; use bf16")
 
 
-def default_chunk(device: torch.device) -> int:
-    """Images per trunk forward when nothing was probed: a CPU's caches like few of them."""
-    return 16 if device.type == "cpu" else 256
+def _for_inference(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _pack(trunk: nn.Module, precision: EvalPrecision, device: torch.device) -> bool:
+    """Puts faster layers in place of the trunk's large ones; whether they are oneDNN's."""
+    if device.type == "cpu":
+        return pack_tower(trunk, precision) > 0
+    if precision == "fp8":
+        quantize_tower(trunk)
+    return False
+
+
+def _encodes_images(found: ReadyModel) -> bool:
+    """Whether a plain ViT is shown single images, and its method does not reach into it."""
+    model = as_video_model(found.model)
+    return model.plain_tower and isinstance(model.visual, VisionTransformer)
+
+
+def _fixed_shapes(config: Config) -> bool:
+    """Whether the batch shapes of a run are given, or must not depend on measurements."""
+    return bool(config.eval.batch_frames) or config.eval.deterministic
+
+
+def _noted(found: ReadyModel, note: str) -> ReadyModel:
+    return replace(found, notes=(*found.notes, note))
+
+
+def _with_probed_chunk(found: ReadyModel, config: Config, images: int) -> ReadyModel:
+    if _fixed_shapes(config) or not _encodes_images(found):
+        return found
+    if not worth_probing(images, found.device):
+        return found
+    probe = probe_chunk(
+        found.model.get_submodule("visual"),
+        device=found.device,
+        arch=config.model.arch,
+        precision=config.eval.precision,
+        resolution=config.data.resolution,
+    )
+    first, *others = found.notes
+    note = f"chunk probed: {probe.chunk} at {probe.rates[probe.chunk]:.1f} images/s"
+    return replace(found, chunk=probe.chunk, notes=(first, note, *others))
+
+
+def _with_compiled_bytes(found: ReadyModel, config: Config, images: int) -> ReadyModel:
+    always, auto = config.eval.compile == "always", config.eval.compile == "auto"
+    long = not _fixed_shapes(config) and images >= COMPILED_FROM
+    if not (always or (auto and long and not why_no_compiler())):
+        return found
+    compile_bytes(found.model.get_submodule("visual"))
+    return _noted(found, "quantisation compiled by Inductor")
+
+
+def _with_compiled_tower(found: ReadyModel) -> ReadyModel:
+    if not _encodes_images(found):
+        raise UserError(
+            "eval.compile=always: only for methods that encode single images by a plain ViT"
+        )
+    found.model.visual = compiled(found.model.get_submodule("visual"), found.chunk)
+    return _noted(found, "compiled by Inductor")
+
+
+def _with_graph(found: ReadyModel, resolution: int) -> ReadyModel:
+    side, chunk = resolution, found.chunk
+    grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=found.device)
+    try:
+        found.model.visual = graphed(found.model.get_submodule("visual"), chunk, grey)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return _noted(found, f"no CUDA graph: {chunk} images do not fit beside it")
+    return _noted(found, "one CUDA graph")

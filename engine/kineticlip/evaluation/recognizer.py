@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from kineticlip.config import EIGHT_BITS, Config, Text4VisConfig, config_from_dict
-from kineticlip.data.batch import BadVideo, VideoViews
+from kineticlip.config import Config, Text4VisConfig, config_from_dict
 from kineticlip.data.scoring_loader import views_of
 from kineticlip.data.statistics import PixelStatistics
-from kineticlip.evaluation.loop import Scored, compare_precisions, score_stream
-from kineticlip.evaluation.ready import default_chunk, prepare
-from kineticlip.evaluation.results import UNTRAINED
+from kineticlip.evaluation.fingerprint import UNTRAINED
+from kineticlip.evaluation.loop import Scored, score_stream
+from kineticlip.evaluation.ready import ReadyModel, ready, ready_for_run
 from kineticlip.formats import read_checkpoint
 from kineticlip.formats.trained import load_weights
 from kineticlip.methods import method_named
@@ -31,17 +28,38 @@ TEXT_TOWER = "token_embedding.weight"  # a file with this has the tower whole
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One video's classes, best first, with their probabilities."""
+
+    video: str
+    ranking: tuple[tuple[str, float], ...]
+    frames: int
+    views: int
+    decoder: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recognizer:
-    """A model in evaluation mode on its device, with everything its results depend on."""
+    """A model ready to score on its device, with everything its results depend on.
+
+    weights: what identifies the tensors, the SHA-256 of their file or UNTRAINED. statistics: what
+    the weights want pixels to be normalised with.
+    """
 
     config: Config
     class_names: tuple[str, ...]
     method: Method
-    model: nn.Module
-    device: torch.device
-    reference: nn.Module | None  # the same in bf16, where precision is 8 bits, to compare
-    weights: str  # what identifies the tensors: SHA-256 of the file, or UNTRAINED
-    statistics: PixelStatistics  # that the weights want pixels to be normalised with
+    ready: ReadyModel
+    weights: str
+    statistics: PixelStatistics
+
+    @property
+    def model(self) -> nn.Module:
+        return self.ready.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.ready.device
 
     @property
     def untrained(self) -> bool:
@@ -53,9 +71,9 @@ class Recognizer:
         rows = as_video_model(self.model).classifier
         return rows.detach().float().cpu() if rows is not None else None
 
-    @property
-    def chunk(self) -> int:
-        return self.config.eval.batch_frames or default_chunk(self.device)
+    def for_run(self, images: int) -> Recognizer:
+        """The same, its model in the steady state of a run of about `images` images."""
+        return replace(self, ready=ready_for_run(self.ready, self.config, images=images))
 
     def predict(self, video: str | Path) -> Prediction:
         """Ranks the classes for one video file or frame folder, with the configured views.
@@ -66,7 +84,7 @@ class Recognizer:
             video, self.config, statistics=self.statistics, pipeline=self.method.pipeline
         )
         stream = score_stream(
-            self.model, self.method, [views], device=self.device, chunk=self.chunk
+            self.model, self.method, [views], device=self.device, chunk=self.ready.chunk
         )
         item = next(stream)
         assert isinstance(item, Scored)
@@ -79,17 +97,6 @@ class Recognizer:
             views=item.video.num_views,
             decoder=item.video.decoder,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One video's classes, best first, with their probabilities."""
-
-    video: str
-    ranking: tuple[tuple[str, float], ...]
-    frames: int
-    views: int
-    decoder: str
 
 
 def with_weights(config: Config, weights: str, labels: str = "") -> Config:
@@ -174,44 +181,14 @@ def load_recognizer(
     if config.model.weights != "random":
         identity = resolve_weights(config.model.arch, config.model.weights).fingerprint
     statistics = statistics_of(model)
-    compiling = (
-        config.eval.compile == "always" and config.eval.precision != "int8"
-    )  # packs by itself
-    reference = None
-    if config.eval.precision in EIGHT_BITS and with_reference:
-        reference = prepare(copy.deepcopy(model), "bf16", device)
     return Recognizer(
         config=config,
         class_names=tuple(class_names),
         method=method,
-        model=prepare(
-            model,
-            config.eval.precision,
-            device,
-            packed=not compiling or config.eval.precision in EIGHT_BITS,
-        ),
-        reference=reference,
-        device=device,
+        ready=ready(model, config, device=device, with_reference=with_reference),
         weights=identity,
         statistics=statistics,
     )
-
-
-COMPARED = 4  # videos that the price of 8 bits is measured on
-
-
-def compare_first(
-    recognizer: Recognizer, stream: Iterable[VideoViews | BadVideo]
-) -> tuple[Iterator[VideoViews | BadVideo], dict[str, float]]:
-    """(the stream, unchanged; what 8 bits cost on one view of its first videos, against bf16)."""
-    assert recognizer.reference is not None
-    source = iter(stream)
-    first = list(itertools.islice(source, COMPARED))
-    videos = [item for item in first if isinstance(item, VideoViews)]
-    delta = compare_precisions(
-        recognizer.model, recognizer.reference, recognizer.method, videos, recognizer.chunk
-    )
-    return itertools.chain(first, source), delta
 
 
 def pick_device() -> torch.device:

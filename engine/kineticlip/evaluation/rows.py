@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kineticlip.evaluation import metrics
 from kineticlip.runtime.journal import Json
@@ -41,14 +42,10 @@ def summarize(rows: Sequence[VideoRow], class_names: Sequence[str]) -> Json:
     Rows without a single label have no accuracy.
     """
     scored = [row for row in rows if row.status == "ok"]
-    labelled = [row for row in scored if row.label >= 0]
+    labelled = with_one_label(rows)
     hits = [row.correct for row in labelled]
     hits5 = [row.label in row.top5 for row in labelled]
-    confusion = metrics.confusion_matrix(
-        [row.top5[0] for row in labelled],
-        [row.label for row in labelled],
-        num_classes=len(class_names),
-    )
+    confusion = confusion_of(labelled, len(class_names))
     return {
         "videos": len(rows),
         "scored": len(scored),
@@ -72,6 +69,18 @@ def summarize(rows: Sequence[VideoRow], class_names: Sequence[str]) -> Json:
             metrics.mean_percent([row.correct for row in rows if row.label >= 0])
         ),
     }
+
+
+def with_one_label(rows: Iterable[VideoRow]) -> list[VideoRow]:
+    """The scored videos that can be right or wrong: those with one label."""
+    return [row for row in rows if row.status == "ok" and row.label >= 0]
+
+
+def confusion_of(labelled: Sequence[VideoRow], num_classes: int) -> NDArray[np.int64]:
+    """Counts [C, C] of the videos of `with_one_label`, truth down, prediction across."""
+    predictions = [row.top5[0] for row in labelled]
+    labels = [row.label for row in labelled]
+    return metrics.confusion_matrix(predictions, labels, num_classes=num_classes)
 
 
 def _counted(words: Iterable[str]) -> dict[str, int]:

@@ -5,28 +5,31 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kineticlip.config import EIGHT_BITS, Config
+from kineticlip.config import Config
 from kineticlip.data.batch import BadVideo, VideoViews
 from kineticlip.data.device_loader import DeviceLoader, why_not_on_device
 from kineticlip.data.entries import Entry, VideoList
 from kineticlip.data.labels import read_labels
 from kineticlip.data.lists import scoring_list
 from kineticlip.data.scoring_loader import ScoringLoader
+from kineticlip.evaluation.comparison import compare_first
 from kineticlip.evaluation.feature_store import FeatureViews, open_store
-from kineticlip.evaluation.loop import evaluate_videos
-from kineticlip.evaluation.processes import check_same_run, remove_run, take_over_parts
-from kineticlip.evaluation.protocols import check_protocols, collect, measure
-from kineticlip.evaluation.ready import make_steady
-from kineticlip.evaluation.recognizer import Recognizer, compare_first, load_recognizer, pick_device
-from kineticlip.evaluation.results import ResultWriter, earlier_summary, protocol_fingerprint
+from kineticlip.evaluation.fingerprint import protocol_fingerprint
+from kineticlip.evaluation.parts import check_same_run, remove_run, take_over_parts
+from kineticlip.evaluation.protocols import check_protocols, collect, protocol_numbers
+from kineticlip.evaluation.recognizer import Recognizer, load_recognizer, pick_device
+from kineticlip.evaluation.result_writer import ResultWriter
+from kineticlip.evaluation.results import SUMMARY, earlier_summary
+from kineticlip.evaluation.scoring import evaluate_videos
+from kineticlip.evaluation.speed import Agreement, Performance, Speed
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.machine import machine_record
 
-Loader = ScoringLoader | DeviceLoader | FeatureViews
+ViewStream = ScoringLoader | DeviceLoader | FeatureViews
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class ListOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class _OpenEvaluation:
     """An open results folder and the model that fills it."""
 
     recognizer: Recognizer
@@ -71,59 +74,46 @@ def evaluate_list(
     out: Path,
     options: ListOptions,
     *,
-    speed: dict[str, Any] | None = None,
+    performance: Performance | None = None,
     recognizer: Recognizer | None = None,
 ) -> dict[str, Any]:
     """Scores the videos of data.val_list that have no result in `out` yet; gives the summary.
 
-    speed: of the processes that have scored the list already. Where nothing was left to score, the
-    summary keeps the speed, and what was compared, of the run that did the work. recognizer: of
-    this configuration, loaded already, with class names of its own.
+    performance: of the processes that have scored the list already. Where nothing was left to
+    score, the summary keeps the speed, and what was compared, of the run that did the work.
+    recognizer: of this configuration, loaded already, with class names of its own.
     """
     if not options.fresh:
         take_over_parts(out)
-    with _opened(config, out, options, recognizer) as run:
-        here, extra = _score(run, run.entries)
-        speed = dict(speed or here)
-        extra.update(speed.pop("extra", {}))
-        if not speed["videos"]:
-            earlier = earlier_summary(out, run.writer.fingerprint)
-            speed = earlier.get("speed") or speed
-            compared = earlier.get("extra", {})
-            extra |= {name: compared[name] for name in EIGHT_BITS if name in compared}
-        if run.listed.empty:
-            extra["entries_without_frames"] = len(run.listed.empty)
-        if run.listed.short:
-            extra["entries_left_out_as_short"] = len(run.listed.short)
-        if options.metrics:
-            found = collect(
-                run.writer.scores(),
-                run.entries,
-                world_size=options.official_processes,
-                batch_size=options.official_batch,
-            )
-            extra |= measure(options.metrics, found)
-        return run.writer.finish(machine=machine_record(), speed=speed, extra=extra)
+    with _opened(config, out, options, recognizer) as evaluation:
+        here = _score(evaluation, evaluation.entries)
+        performance = performance or here
+        if not performance.speed.videos:
+            performance = _earlier_performance(out, evaluation) or performance
+        return evaluation.writer.finish(
+            machine=machine_record(),
+            speed=performance.speed,
+            extra=_extra(evaluation, performance.agreement),
+        )
 
 
 def evaluate_share(
     config: Config, part: Path, options: ListOptions, *, videos: Collection[str], whole: Path
-) -> dict[str, Any]:
+) -> Performance:
     """Scores these videos of the list into a part of the run in the folder `whole`.
 
-    Gives the speed, with what the summary should have as `extra`; writes no result files.
+    Writes no result files.
     """
-    with _opened(config, part, options) as run:
+    with _opened(config, part, options) as evaluation:
         check_same_run(whole, part)
         wanted = set(videos)
-        here, extra = _score(run, [entry for entry in run.entries if entry.name in wanted])
-        return {**here, "extra": extra}
+        return _score(evaluation, [e for e in evaluation.entries if e.name in wanted])
 
 
 @contextmanager
 def _opened(
     config: Config, out: Path, options: ListOptions, recognizer: Recognizer | None = None
-) -> Iterator[_Run]:
+) -> Iterator[_OpenEvaluation]:
     if recognizer is None:
         class_names, listed = listed_videos(config)
     else:
@@ -152,52 +142,46 @@ def _opened(
         keep_scores=options.keep_scores or bool(options.metrics),
         root="" if config.data.features else config.data.val_root,
     ) as writer:
-        yield _Run(
+        yield _OpenEvaluation(
             recognizer=recognizer, listed=listed, entries=entries, writer=writer, options=options
         )
 
 
-def _score(run: _Run, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores the entries that have no result yet; (speed, what the summary should say besides)."""
-    recognizer, config, writer = run.recognizer, run.recognizer.config, run.writer
+def _score(evaluation: _OpenEvaluation, entries: Sequence[Entry]) -> Performance:
+    """Scores the entries that have no result yet."""
+    recognizer, writer, options = evaluation.recognizer, evaluation.writer, evaluation.options
+    config = recognizer.config
     if recognizer.classifier is not None:
         writer.save_classifier(recognizer.classifier.numpy())
     distinct = {entry.name: entry for entry in entries}  # a list may repeat a video
     done = writer.done
     todo = [entry for name, entry in distinct.items() if name not in done]
-    loader, decoding = _loader(recognizer, todo)
-    stream: Iterable[VideoViews | BadVideo] = loader
-    chunk, tower = recognizer.chunk, ["features"]
-    extra: dict[str, Any] = {}
-    if todo and not isinstance(loader, FeatureViews):
-        if recognizer.reference is not None:
-            stream, extra[config.eval.precision] = compare_first(recognizer, loader)
-        views = config.data.num_frames * config.test.clips * config.test.crops
-        chunk, tower = make_steady(
-            recognizer.model,
-            config,
-            device=recognizer.device,
-            chunk=chunk,
-            images=views * len(todo),
-        )
+    views, decoding = _view_stream(recognizer, todo)
+    stream: Iterable[VideoViews | BadVideo] = views
+    agreement: Agreement | None = None
+    if isinstance(views, FeatureViews):
+        # The trunk does not run, and the store holds no pixels.
+        recognizer = replace(recognizer, ready=replace(recognizer.ready, notes=("features",)))
+        options = replace(options, thumbnails=0)
+    elif todo:
+        if recognizer.ready.reference is not None:
+            stream, agreement = compare_first(recognizer.ready, recognizer.method, views)
+        images = config.data.num_frames * config.test.clips * config.test.crops * len(todo)
+        recognizer = recognizer.for_run(images)
     clock = evaluate_videos(
-        recognizer.model,
-        recognizer.method,
+        recognizer,
         stream,
         writer,
         total=len(todo),
         done=len(distinct) - len(todo),
-        device=recognizer.device,
-        chunk=chunk,
-        tower=", ".join(tower),
-        thumbnails=0 if isinstance(loader, FeatureViews) else run.options.thumbnails,
-        one_by_one=config.eval.deterministic,
-        progress=not run.options.quiet and bool(todo),
+        thumbnails=options.thumbnails,
+        progress=not options.quiet and bool(todo),
     )
-    return {**clock.summary(), "decoding": decoding}, extra
+    speed = clock.speed(tower=", ".join(recognizer.ready.notes), decoding=decoding)
+    return Performance(speed=speed, agreement=agreement)
 
 
-def _loader(recognizer: Recognizer, todo: Sequence[Entry]) -> tuple[Loader, str]:
+def _view_stream(recognizer: Recognizer, todo: Sequence[Entry]) -> tuple[ViewStream, str]:
     """Where the views come from, and why from there."""
     config, rules = recognizer.config, recognizer.method.pipeline
     if config.data.features:
@@ -216,3 +200,36 @@ def _loader(recognizer: Recognizer, todo: Sequence[Entry]) -> tuple[Loader, str]
         pipeline=rules,
     )
     return loader, loader.choice
+
+
+def _earlier_performance(out: Path, evaluation: _OpenEvaluation) -> Performance | None:
+    """What an earlier run of the same protocol wrote into its summary."""
+    summary = earlier_summary(out, evaluation.writer.fingerprint)
+    if not summary.get("speed"):
+        return None
+    compared = summary.get("extra", {}).get(evaluation.recognizer.config.eval.precision)
+    return Performance(
+        speed=Speed.from_json(summary["speed"], str(out / SUMMARY)),
+        agreement=Agreement(**compared) if compared else None,
+    )
+
+
+def _extra(evaluation: _OpenEvaluation, agreement: Agreement | None) -> dict[str, Any]:
+    """What the summary should say besides accuracy, counts and speed."""
+    options, listed = evaluation.options, evaluation.listed
+    extra: dict[str, Any] = {}
+    if agreement is not None:
+        extra[evaluation.recognizer.config.eval.precision] = agreement.to_json()
+    if listed.empty:
+        extra["entries_without_frames"] = len(listed.empty)
+    if listed.short:
+        extra["entries_left_out_as_short"] = len(listed.short)
+    if options.metrics:
+        found = collect(
+            evaluation.writer.scores(),
+            evaluation.entries,
+            world_size=options.official_processes,
+            batch_size=options.official_batch,
+        )
+        extra |= protocol_numbers(options.metrics, found)
+    return extra

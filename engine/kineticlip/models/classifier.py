@@ -81,7 +81,8 @@ def build_classifier(
         raise UserError(
             f"classifier.source: unknown source '{source}'. {did_you_mean(source, choices)}"
         )
-    labels = config.classifier.training_labels
+    alone = source == "text" and not config.classifier.center  # no row depends on another class
+    labels = "" if alone else config.classifier.training_labels
     trained = read_labels(labels) if labels else tuple(class_names)
     known = set(trained)
     every = (*trained, *(name for name in class_names if name not in known))

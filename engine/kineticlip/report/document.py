@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kineticlip.evaluation import metrics
-from kineticlip.evaluation.results import UNTRAINED, Results
-from kineticlip.evaluation.rows import VideoRow
+from kineticlip.evaluation.fingerprint import is_untrained
+from kineticlip.evaluation.results import Results
+from kineticlip.evaluation.rows import VideoRow, confusion_of, with_one_label
+from kineticlip.evaluation.speed import STAGES
 from kineticlip.runtime.journal import Json
 
 # More of these would be read by nobody; what is left out is counted in the page.
@@ -24,7 +26,6 @@ MAX_BAD = 200
 MAX_LABELLED = 48
 # With fewer classes a histogram of the accuracies says less than the table.
 MIN_HISTOGRAM = 20
-WAITS = ("decode", "transfer", "compute")
 
 
 def build_document(runs: Sequence[Results], *, title: str) -> Json:
@@ -41,11 +42,8 @@ def describe_run(run: Results, name: str) -> Json:
     summary = dict(run.summary)
     class_names: list[str] = summary.pop("class_names")
     protocol: Json = summary.get("protocol", {})
-    # -1: a video with several labels, or with none, cannot be right or wrong
-    scored = [row for row in run.rows if row.status == "ok" and row.label >= 0]
-    confusion = metrics.confusion_matrix(
-        [row.top5[0] for row in scored], [row.label for row in scored], num_classes=len(class_names)
-    )
+    labelled = with_one_label(run.rows)
+    confusion = confusion_of(labelled, len(class_names))
     per_class = _per_class(confusion)
     accuracies = [entry["accuracy"] for entry in per_class if entry["accuracy"] is not None]
     bad = [{"video": row.video, "reason": row.reason} for row in run.rows if row.status == "bad"]
@@ -54,7 +52,7 @@ def describe_run(run: Results, name: str) -> Json:
         "name": name,
         "summary": summary,
         "class_names": class_names,
-        "untrained": str(protocol.get("weights", "")).startswith(UNTRAINED),
+        "untrained": is_untrained(protocol),
         "chance": 100 / len(class_names) if class_names else None,
         "waits": _waits(summary.get("speed", {})),
         "per_class": per_class,
@@ -62,7 +60,7 @@ def describe_run(run: Results, name: str) -> Json:
         "confusion": [[int(t), int(p), int(confusion[t, p])] for t, p in np.argwhere(confusion)],
         "pairs": _confused_pairs(confusion),
         "classifier": None if classifier is None else _classifier(classifier),
-        "mistakes": _mistakes(scored),
+        "mistakes": _mistakes(labelled),
         "bad": bad[:MAX_BAD],
         "clips": [],  # filled by the page, which knows which pictures fit
     }
@@ -118,7 +116,7 @@ def _distinct_names(runs: Sequence[Results]) -> list[str]:
 
 def _per_class(confusion: NDArray[np.int64]) -> list[Json]:
     """One entry a class, in class order: how many, how many right, what it is mistaken for."""
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=np.int64))
+    wrong = _mistaken(confusion)
     accuracies = metrics.class_accuracies(confusion)
     entries = []
     for number, accuracy in enumerate(accuracies):
@@ -137,9 +135,14 @@ def _per_class(confusion: NDArray[np.int64]) -> list[Json]:
     return entries
 
 
+def _mistaken(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The counts [C, C] without those of right predictions."""
+    return confusion - np.diag(confusion.diagonal())
+
+
 def _confused_pairs(confusion: NDArray[np.int64]) -> list[Json]:
     """The most frequent mistakes, truth -> prediction, with their share of the truth's videos."""
-    wrong = confusion * (1 - np.eye(len(confusion), dtype=np.int64))
+    wrong = _mistaken(confusion)
     order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]
     pairs = []
     for truth, prediction in zip(*np.unravel_index(order, wrong.shape), strict=True):
@@ -157,9 +160,11 @@ def _confused_pairs(confusion: NDArray[np.int64]) -> list[Json]:
     return pairs
 
 
-def _mistakes(scored: Sequence[VideoRow]) -> list[Json]:
+def _mistakes(labelled: Sequence[VideoRow]) -> list[Json]:
     """Wrong predictions, the most confident first."""
-    wrong = sorted((row for row in scored if not row.correct), key=lambda row: -row.top5_scores[0])
+    wrong = sorted(
+        (row for row in labelled if not row.correct), key=lambda row: -row.top5_scores[0]
+    )
     return [
         {
             "video": row.video,
@@ -197,7 +202,7 @@ def _classifier(classifier: NDArray[np.float32]) -> Json:
 
 def _waits(speed: Json) -> list[Json]:
     """Percent of the wall time the loop waited for each stage, and the rest."""
-    given = [(what, speed.get(f"{what}_percent")) for what in WAITS]
+    given = [(what, speed.get(f"{what}_percent")) for what in STAGES]
     waits = [{"what": what, "percent": percent} for what, percent in given if percent is not None]
     if not waits:
         return []

@@ -1,6 +1,6 @@
 """One self-contained HTML page from results folders: no network, no framework, no measuring.
 
-The page embeds its document (report_data.py) as JSON and takes every number from it; the number's
+The page embeds its document (`document`) as JSON and takes every number from it; the number's
 element names its place in `data-path`. Names come from users and are escaped everywhere.
 """
 
@@ -17,9 +17,15 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from kineticlip.evaluation.results import THUMBNAILS, Results, read_results
-from kineticlip.report import document as report_data
-from kineticlip.report import pictures as figures
+from kineticlip.evaluation.results import PICTURES, THUMBNAILS, Results, read_results
+from kineticlip.report.document import (
+    MAX_LABELLED,
+    build_document,
+    cosines_of,
+    describe_clip,
+    flatten,
+)
+from kineticlip.report.pictures import confusion_picture, cosine_picture, ramp_css
 from kineticlip.runtime.errors import UserError
 from kineticlip.runtime.files import write_atomic
 from kineticlip.runtime.journal import Json
@@ -58,7 +64,7 @@ def write_report(
 
 def render(runs: Sequence[Results], *, title: str | None = None) -> str:
     """The page as HTML. The same result files give the same bytes."""
-    document = report_data.build_document(
+    document = build_document(
         runs, title=title or " \N{MIDDLE DOT} ".join(run.name for run in runs)
     )
     pictures = []
@@ -75,8 +81,8 @@ def render(runs: Sequence[Results], *, title: str | None = None) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=_embedded(document),
-        ramp=figures.ramp_css(),
-        max_labelled=report_data.MAX_LABELLED,
+        ramp=ramp_css(),
+        max_labelled=MAX_LABELLED,
     )
 
 
@@ -100,7 +106,7 @@ def _environment(document: Json) -> jinja2.Environment:
     environment.globals["number"] = number
     environment.filters["shorten"] = _shorten
     environment.filters["plain"] = _plain
-    environment.filters["flatten"] = report_data.flatten
+    environment.filters["flatten"] = flatten
     environment.filters["lowest_first"] = _lowest_first
     environment.filters["without"] = lambda mapping, *keys: {
         name: value for name, value in mapping.items() if name not in keys
@@ -132,10 +138,8 @@ def _matrices(run: Results, described: Json) -> Json:
         confusion[truth, prediction] = videos
     classifier = run.classifier()
     return {
-        "confusion": figures.confusion_picture(confusion) if count else None,
-        "classifier": None
-        if classifier is None
-        else figures.cosine_picture(report_data.cosines_of(classifier)),
+        "confusion": confusion_picture(confusion) if count else None,
+        "classifier": None if classifier is None else cosine_picture(cosines_of(classifier)),
     }
 
 
@@ -148,16 +152,14 @@ def _clips(run: Results, budget: int) -> tuple[list[Json], list[str]]:
         row = rows.get(entry["video"])
         if row is None:
             raise UserError(
-                f"{run.folder / THUMBNAILS / 'index.json'}: {entry['video']} is not in the results"
+                f"{run.folder / THUMBNAILS / PICTURES}: {entry['video']} is not in the results"
             )
         picture = _read_picture(run.folder / THUMBNAILS, entry["file"])
         budget -= len(picture)
         if budget < 0:
             break
         frames = entry.get("frames", 1)
-        clips.append(
-            report_data.describe_clip(row, len(frames) if isinstance(frames, list) else int(frames))
-        )
+        clips.append(describe_clip(row, len(frames) if isinstance(frames, list) else int(frames)))
         pictures.append(picture)
     return clips, pictures
 
@@ -165,7 +167,7 @@ def _clips(run: Results, budget: int) -> tuple[list[Json], list[str]]:
 def _read_picture(folder: Path, name: str) -> str:
     path = folder / name
     if Path(name).name != name:
-        raise UserError(f"{folder / 'index.json'}: '{name}' is not a file name of this folder")
+        raise UserError(f"{folder / PICTURES}: '{name}' is not a file name of this folder")
     try:
         data = path.read_bytes()
     except OSError as error:

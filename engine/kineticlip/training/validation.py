@@ -19,7 +19,8 @@ from kineticlip.data.scoring_loader import ScoringLoader
 from kineticlip.evaluation.feature_store import FeatureViews, open_store
 from kineticlip.evaluation.loop import Scored, score_stream
 from kineticlip.evaluation.metrics import mean_average_precision, topk_accuracy
-from kineticlip.evaluation.ready import default_chunk, prepare
+from kineticlip.evaluation.protocols import targets_of
+from kineticlip.evaluation.ready import ready
 from kineticlip.methods.method import Method
 from kineticlip.methods.trunk import statistics_of
 from kineticlip.runtime.distributed import Ranks, gather
@@ -49,7 +50,6 @@ class Validation:
         if not any(entry.labels or entry.label >= 0 for entry in self.entries):
             raise UserError(f"{config.data.val_list}: no labels to validate against")
         self._method, self._ranks, self._device = method, ranks, device
-        self._chunk = config.eval.batch_frames or default_chunk(device)
         view = ViewConfig(clips=1, crops=1, sampling=config.test.sampling)
         self._loader: ScoringLoader | FeatureViews
         if config.data.features:  # these have the views that they have
@@ -64,15 +64,15 @@ class Validation:
                 rank=ranks.rank,
                 world=ranks.world_size,
             )
-        self._precision = config.eval.precision
+        self._config = config
         self._twin = copy.deepcopy(model)
-        self._prepared = False
+        self._chunk = 0  # images per forward, once the twin is ready
 
     def __call__(self, model: nn.Module, step: int) -> Mapping[str, Any]:
         """top1 and top5 in percent, or mAP for videos with several labels; every rank calls it."""
-        if not self._prepared:
-            prepare(self._twin, self._precision, self._device)
-            self._prepared = True
+        if not self._chunk:
+            found = ready(self._twin, self._config, device=self._device, packed=False)
+            self._chunk = found.chunk
         self._twin.load_state_dict(model.state_dict())
         shares = gather(self._own_scores(), self._ranks)
         scored = {number: scores for share in shares for number, scores in share.items()}
@@ -100,9 +100,6 @@ class Validation:
         scores = np.stack([row for _, row in scored])  # [N, C]
         entries = [self.entries[number] for number, _ in scored]
         if any(entry.labels is not None for entry in entries):
-            targets = np.zeros_like(scores)
-            for row, entry in zip(targets, entries, strict=True):
-                row[list(entry.labels if entry.labels is not None else (entry.label,))] = 1
-            return {"mAP": mean_average_precision(scores, targets)}
+            return {"mAP": mean_average_precision(scores, targets_of(entries, scores.shape[1]))}
         labels = [entry.label for entry in entries]
         return {f"top{k}": topk_accuracy(scores, labels, k=k) for k in (1, 5)}

@@ -29,10 +29,13 @@ from kineticlip.data.entries import Entry
 from kineticlip.data.lists import read_list
 from kineticlip.data.pipelines import PIPELINES
 from kineticlip.data.scoring_loader import ScoringLoader
-from kineticlip.evaluation.loop import evaluate_videos
-from kineticlip.evaluation.ready import default_chunk, prepare
-from kineticlip.evaluation.results import ResultWriter, protocol_fingerprint, read_results
-from kineticlip.methods.text4vis import METHOD, VideoCLIP
+from kineticlip.evaluation.fingerprint import protocol_fingerprint
+from kineticlip.evaluation.ready import ReadyModel, ready
+from kineticlip.evaluation.recognizer import Recognizer
+from kineticlip.evaluation.result_writer import ResultWriter
+from kineticlip.evaluation.results import read_results
+from kineticlip.evaluation.scoring import evaluate_videos
+from kineticlip.methods.text4vis import METHOD
 from kineticlip.methods.trunk import embed_views
 
 CPU = torch.device("cpu")
@@ -75,14 +78,14 @@ def evaluate_run(
         eval=replace(config.eval, precision=precision),
     )
     model = build_case(golden, "vit_plain", header="transformer")
-    prepare(model, precision, CPU)
+    found = ready(model, config, device=CPU, packed=False)
     listing = frames / "list.txt"
     listing.write_text("".join(f"{line}\n" for line in golden.json("case_multiview")["list"]))
     entries = read_list(listing, frames, num_classes=len(golden.class_names)).entries
     loader = ScoringLoader(entries, config, statistics=golden.vit.vision.statistics)
     videos = [video for video in loader if isinstance(video, VideoViews)]
     with torch.inference_mode():
-        views = embed_views(model, videos, default_chunk(CPU))
+        views = embed_views(model, videos, found.chunk)
     shape, sample = golden.vit.vision, PIPELINES["text4vis"].sample_test
     return MultiView(
         indices=[
@@ -91,35 +94,34 @@ def evaluate_run(
         ],
         sums=torch.stack([normalised(v.clips(), shape).double().sum((3, 4)) for v in videos]),
         embeddings=torch.stack(views),
-        **_results(golden, model, config, entries, videos),
+        **_results(golden, found, config, entries, videos),
     )
 
 
 def _results(
     golden: Golden,
-    model: VideoCLIP,
+    found: ReadyModel,
     config: Config,
     entries: tuple[Entry, ...],
     videos: list[VideoViews],
 ) -> dict[str, Any]:
     """`scores` and `summary` as they come back from a results folder."""
     names = golden.class_names
+    recognizer = Recognizer(
+        config=config,
+        class_names=names,
+        method=METHOD,
+        ready=found,
+        weights="recorded",
+        statistics=golden.vit.vision.statistics,
+    )
     listing = [(entry.name, entry.label) for entry in entries]
     protocol = protocol_fingerprint(config, listing, class_names=names, weights="recorded")
     with tempfile.TemporaryDirectory() as folder:
         with ResultWriter.open(
             folder, protocol, entries=listing, class_names=names, keep_scores=True
         ) as writer:
-            evaluate_videos(
-                model,
-                METHOD,
-                videos,
-                writer,
-                total=len(videos),
-                device=CPU,
-                chunk=default_chunk(CPU),
-                progress=False,
-            )
+            evaluate_videos(recognizer, videos, writer, total=len(videos), progress=False)
             writer.finish(machine={})
         results = read_results(folder)
         scores = results.scores()
