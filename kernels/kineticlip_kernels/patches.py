@@ -78,8 +78,10 @@ def cut_crops_reference(
 ) -> Tensor:
     """The specification of `cut_crops` in plain PyTorch."""
     passes = [(2, width), (1, height)]
+    if rows_first(frames.shape[1:3], width, height):
+        passes.reverse()
     resized = frames
-    for axis, length in reversed(passes) if rows_first(frames, width, height) else passes:
+    for axis, length in passes:
         resized = _resample_op(resized, axis, length, resample)  # [U, h, w, 3] at last
     resized = resized.permute(0, 3, 1, 2)  # [U, 3, h, w]
     views = frames.new_zeros(len(frames), len(crops), 3, side, side)  # [U, V, 3, S, S]
@@ -93,13 +95,13 @@ def cut_crops_reference(
     return views
 
 
-def rows_first(frames: Tensor, width: int, height: int) -> bool:
-    """Whether Pillow 13 resizes the rows of these frames [U, H, W, 3] before their columns.
+def rows_first(source: Sequence[int], width: int, height: int) -> bool:
+    """Whether Pillow 13 resizes the rows of a frame before its columns; source: its (H, W).
 
     Each pass rounds to bytes, so the order shows. It was the columns first until version 13; since
     then it is the rows where the height loses more than twice the pixels of the width.
     """
-    lost_height, lost_width = frames.shape[1] - height, frames.shape[2] - width
+    lost_height, lost_width = source[0] - height, source[1] - width
     return lost_height > 0 and lost_height > 2 * lost_width
 
 

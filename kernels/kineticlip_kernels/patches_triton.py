@@ -222,7 +222,7 @@ def cut_crops_triton(
     resample: Resample = "bicubic",
 ) -> Tensor:
     """`cut_crops` on the GPU; to the byte the same."""
-    if not rows_first(frames, width, height):
+    if not rows_first(frames.shape[1:3], width, height):
         flat = [int(number) for crop in crops for number in crop]
         return cast("Tensor", _cut_crops_op(frames, flat, width, height, side, resample))
     # The kernels begin with the columns: they get the frames turned over their diagonal.

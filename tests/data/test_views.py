@@ -22,10 +22,12 @@ from kineticlip.data.views import (
     apply_pillow,
     apply_tensor,
     evl_geometry,
+    resize_image,
     resize_pillow,
     text4vis_geometry,
 )
 from kineticlip.runtime.errors import UserError
+from kineticlip_kernels.patches import Resample, cut_crops_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SOURCES = dict(np.load(GOLDEN / "text4vis" / "crops_src.npz"))
@@ -229,6 +231,21 @@ def test_a_frame_smaller_than_the_crop_is_padded_with_black() -> None:
     cut = apply_pillow(square, outside)[0, :, 0].tolist()
     assert cut[0] == [[0, 0, 0, 9], [0, 0, 0, 13], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert cut[1] == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 4, 3]]
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+@pytest.mark.parametrize(("width", "height"), [(24, 60), (60, 24), (24, 40)])
+def test_the_passes_of_a_resize_have_pillow_13s_order(
+    width: int, height: int, resample: Image.Resampling
+) -> None:
+    """The first frame loses rows only; older versions of Pillow begin with its columns."""
+    frame = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    found = np.asarray(resize_image(Image.fromarray(frame), 30, 30, resample))
+    kind: Resample = "bicubic" if resample == Image.Resampling.BICUBIC else "bilinear"
+    expected = cut_crops_reference(
+        torch.from_numpy(frame[None]), [(0, 0, False)], width=30, height=30, side=30, resample=kind
+    )
+    np.testing.assert_array_equal(found.transpose(2, 0, 1), expected[0, 0].numpy())
 
 
 def test_padding_agrees_with_torchvision_for_odd_margins() -> None:

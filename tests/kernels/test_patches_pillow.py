@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from kernel_rig import DEVICE
@@ -12,8 +13,9 @@ from patch_inputs import CROPS, noise
 from PIL import Image
 from torch import Tensor
 
-from kineticlip_kernels.patches import Crop, Resample, cut_crops
+from kineticlip_kernels.patches import Crop, Resample, cut_crops, rows_first
 
+COLUMNS_FIRST = int(PIL.__version__.split(".")[0]) < 13  # always: Pillow 13 looks at the shape
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -22,7 +24,10 @@ def pillow(
 ) -> Tensor:
     views = []
     for frame in frames.cpu().numpy():
-        resized = Image.fromarray(frame).resize((width, height), FILTERS[resample])
+        image = Image.fromarray(frame)
+        if COLUMNS_FIRST and rows_first(frame.shape[:2], width, height):
+            image = image.resize((frame.shape[1], height), FILTERS[resample])
+        resized = image.resize((width, height), FILTERS[resample])
         for x, y, mirrored in crops:
             crop = resized.crop((x, y, x + side, y + side))
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop

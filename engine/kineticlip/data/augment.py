@@ -28,7 +28,7 @@ from kineticlip.data.randaugment import (
 )
 from kineticlip.data.sampling import ClipRandom
 from kineticlip.data.statistics import PixelStatistics
-from kineticlip.data.views import Frames, normalise, shorter_to, text4vis_frame_size
+from kineticlip.data.views import Frames, normalise, resize_image, shorter_to, text4vis_frame_size
 
 MIN_AREA = 0.08  # of the frame, smallest random crop
 ASPECTS = (3 / 4, 4 / 3)
@@ -157,15 +157,15 @@ def apply_text4vis(images: Sequence[Image.Image], plan: PillowPlan, size: int) -
     out = np.empty((len(images), 3, size, size), dtype=np.uint8)
     for image, planes in zip(images, out, strict=True):
         if image.size != (plan.width, plan.height):
-            image = image.resize((plan.width, plan.height), Image.Resampling.BICUBIC)
+            image = resize_image(image, plan.width, plan.height, Image.Resampling.BICUBIC)
         if plan.box is not None:
             box = plan.box
             image = image.crop((box.x, box.y, box.x + box.width, box.y + box.height))
             if image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
+                image = resize_image(image, size, size, Image.Resampling.BILINEAR)
         else:
             shape = shorter_to(plan.width, plan.height, size)
-            image = image.resize(shape, Image.Resampling.BILINEAR)
+            image = resize_image(image, *shape, Image.Resampling.BILINEAR)
             image = image.crop((plan.x, plan.y, plan.x + size, plan.y + size))
         pixels = np.asarray(image.convert("L") if plan.gray else image)
         if plan.flip:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from kineticlip.data.statistics import PixelStatistics
 from kineticlip.runtime.errors import UserError
+from kineticlip_kernels.patches import rows_first
 
 Frames = NDArray[np.uint8]
 
@@ -126,7 +127,19 @@ def resize_pillow(frame: Frames, width: int, height: int) -> Frames:
     if frame.shape[:2] == (height, width):
         return frame
     image = Image.fromarray(frame)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(resize_image(image, width, height, Image.Resampling.BICUBIC))
+
+
+def resize_image(
+    image: Image.Image, width: int, height: int, resample: Image.Resampling
+) -> Image.Image:
+    """Pillow's antialiased resize with the passes in Pillow 13's order, whichever is installed.
+
+    Each pass rounds to bytes, so the order shows (docs/decisions/0005-pillow-13.md).
+    """
+    if rows_first((image.height, image.width), width, height):
+        image = image.resize((image.width, height), resample)
+    return image.resize((width, height), resample)
 
 
 def apply_pillow(
