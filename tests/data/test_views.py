@@ -238,7 +238,7 @@ def test_a_frame_smaller_than_the_crop_is_padded_with_black() -> None:
 def test_the_passes_of_a_resize_have_pillow_13s_order(
     width: int, height: int, resample: Image.Resampling
 ) -> None:
-    """The first frame loses rows only; older versions of Pillow begin with its columns."""
+    """Where a frame loses rows alone they come first; Pillow 12 begins with the columns."""
     frame = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
     found = np.asarray(resize_image(Image.fromarray(frame), 30, 30, resample))
     kind: Resample = "bicubic" if resample == Image.Resampling.BICUBIC else "bilinear"

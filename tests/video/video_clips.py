@@ -11,6 +11,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from kineticlip.video.container import ANY_TITLE
+
 BITS = 8
 CELL = 16  # a bit is a 16 x 16 block, so it survives every codec here
 WIDTH, HEIGHT = 144, 96
@@ -147,7 +149,7 @@ def read_plainly(path: Path, keep: Sequence[int] | None = None) -> tuple[int, di
     """
     kept = {}
     count = 0
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with av.open(str(path), **ANY_TITLE) as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1
         for number, frame in enumerate(container.decode(stream)):

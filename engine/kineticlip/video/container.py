@@ -21,6 +21,8 @@ FORMATS = (
 )
 # One picture may not claim more: 8192 x 8192, 200 MB as RGB. FFmpeg checks before it allocates.
 MAX_PIXELS = 1 << 26
+# HMDB51 carries Latin-1 titles. From version 19 on PyAV takes them as they are.
+ANY_TITLE = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 # What PyAV raises for damaged streams; IndexError where one appears on the way (MPEG-TS).
 DAMAGE = (av.FFmpegError, ValueError, IndexError)
 
@@ -55,7 +57,7 @@ def open_container(path: str | Path) -> Any:
         return av.open(
             # The prefix keeps a colon in the name from being read as a protocol.
             f"file:{os.path.abspath(path)}",
-            metadata_errors="ignore",  # HMDB51 carries Latin-1 titles
+            **ANY_TITLE,
             container_options={
                 "format_whitelist": FORMATS,
                 "protocol_whitelist": "file",
