@@ -1,4 +1,4 @@
-"""The matrix product that mlp_triton.py and fp8_triton.py put their epilogues behind.
+"""The matrix product that mlp and fp8 put their epilogues behind.
 
 Shape letters: R rows, D width in, F width out.
 """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kineticlip_kernels.evl_displacement_triton import displacement_triton
-from kineticlip_kernels.evl_maps_triton import neighbour_maps_triton
-from kineticlip_kernels.evl_triton import attend_tokens_triton
+from kineticlip_kernels.evl.displacement_triton import displacement_triton
+from kineticlip_kernels.evl.maps_triton import neighbour_maps_triton
+from kineticlip_kernels.evl.tokens_triton import attend_tokens_triton
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -56,15 +56,15 @@ CASES = {
 }
 
 KINDS = {
-    "evl_maps_triton._log_sums": "matrix",
-    "evl_maps_triton._maps": "matrix",
-    "evl_maps_triton._grad_q": "matrix",
-    "evl_maps_triton._grad_k": "matrix",
-    "evl_displacement_triton._sums": "matrix",
-    "evl_displacement_triton._grad_maps": "matrix",
-    "evl_displacement_triton._grad_weights": "matrix",
-    "evl_terms_triton._scores": "memory",
-    "evl_triton._mix": "memory",
-    "evl_backward_triton._gradients": "memory",
-    "evl_backward_triton._grad_tokens": "memory",
+    "evl.maps_triton._log_sums": "matrix",
+    "evl.maps_triton._maps": "matrix",
+    "evl.maps_triton._grad_q": "matrix",
+    "evl.maps_triton._grad_k": "matrix",
+    "evl.displacement_triton._sums": "matrix",
+    "evl.displacement_triton._grad_maps": "matrix",
+    "evl.displacement_triton._grad_weights": "matrix",
+    "evl.terms_triton._scores": "memory",
+    "evl.tokens_triton._mix": "memory",
+    "evl.tokens_backward_triton._gradients": "memory",
+    "evl.tokens_backward_triton._grad_tokens": "memory",
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kineticlip_kernels.head_classes_triton import class_cross_entropy_triton, top_classes_triton
-from kineticlip_kernels.head_triton import mean_normalize_triton, mean_softmax_triton
+from kineticlip_kernels.head.classes_triton import class_cross_entropy_triton, top_classes_triton
+from kineticlip_kernels.head.means_triton import mean_normalize_triton, mean_softmax_triton
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> Tensor:
@@ -45,10 +45,10 @@ CASES = {
 }
 
 KINDS = {
-    "head_triton._mean_forward": "memory",
-    "head_triton._mean_backward": "memory",
-    "head_triton._mean_softmax": "memory",
-    "head_classes_triton._log_sum": "matrix",
-    "head_classes_triton._grad_logits": "matrix",
-    "head_classes_triton._top": "matrix",
+    "head.means_triton._mean_forward": "memory",
+    "head.means_triton._mean_backward": "memory",
+    "head.means_triton._mean_softmax": "memory",
+    "head.classes_triton._log_sum": "matrix",
+    "head.classes_triton._grad_logits": "matrix",
+    "head.classes_triton._top": "matrix",
 }

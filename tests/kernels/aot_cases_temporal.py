@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from kineticlip_kernels.temporal_triton import frame_attention_triton
+from kineticlip_kernels.temporal.frames_triton import frame_attention_triton
 
 
 def attention(frames: int, width: int, dtype: torch.dtype) -> None:
@@ -24,6 +24,6 @@ CASES = {f"frame_attention {shape}": partial(attention, *shape) for shape in SHA
 KINDS = {
     # 4 KiB a head and clip: neither products nor memory, but launches bound it. HGMMA, which
     # other attention must have on sm_90, takes 64 rows; the usual 8 to 32 frames run on HMMA.
-    "temporal_triton._forward": "small",
-    "temporal_triton._backward": "small",
+    "temporal.frames_triton._forward": "small",
+    "temporal.frames_triton._backward": "small",
 }

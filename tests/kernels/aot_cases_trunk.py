@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kineticlip_kernels.attention import MAX_CLASS_HEADS, MAX_CLASS_WIDTH, MAX_HEAD_WIDTH
-from kineticlip_kernels.attention_triton import attention_triton
-from kineticlip_kernels.class_attention_triton import class_attention_triton
+from kineticlip_kernels.attention.class_triton import class_attention_triton
+from kineticlip_kernels.attention.forward_triton import attention_triton
 from kineticlip_kernels.fp8 import FP8, MAX_ROW, Scaled
-from kineticlip_kernels.fp8_triton import (
+from kineticlip_kernels.fp8.operands_triton import (
     add_layer_norm_fp8_triton,
     attention_fp8_triton,
     bias_quick_gelu_fp8_triton,
@@ -19,9 +19,9 @@ from kineticlip_kernels.fp8_triton import (
     linear_fp8_triton,
     quantize_rows_triton,
 )
-from kineticlip_kernels.mlp_triton import bias_quick_gelu_triton, linear_quick_gelu_triton
+from kineticlip_kernels.mlp.gelu_triton import bias_quick_gelu_triton, linear_quick_gelu_triton
 from kineticlip_kernels.norm import MAX_WIDTH
-from kineticlip_kernels.norm_triton import add_layer_norm_triton, layer_norm_triton
+from kineticlip_kernels.norm.norm_triton import add_layer_norm_triton, layer_norm_triton
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FOUR = ((1, 8), (2, 8), (4, 24), (8, 3))  # sources: MAX_SOURCES of them
@@ -109,20 +109,20 @@ CASES = {
 MIN_ARCH = {"fp8": 89}
 
 KINDS = {
-    "fp8_triton._rows": "memory",
-    "fp8_triton._linear": "matrix",
-    "norm_triton._forward": "memory",
-    "norm_triton._backward": "memory",
-    "mlp_triton._activate": "memory",
-    "mlp_triton._activate_backward": "memory",
-    "mlp_triton._linear": "matrix",
+    "fp8.operands_triton._rows": "memory",
+    "fp8.operands_triton._linear": "matrix",
+    "norm.norm_triton._forward": "memory",
+    "norm.norm_triton._backward": "memory",
+    "mlp.gelu_triton._activate": "memory",
+    "mlp.gelu_triton._activate_backward": "memory",
+    "mlp.gelu_triton._linear": "matrix",
     # No "matrix", which demands HGMMA: one query an image takes 4 H products a token element of 2
     # bytes, 32 FLOP a byte at 16 heads, and an H200 multiplies 200 in the time of one byte. The
     # scores of 32 tokens are under the 64 rows of an HGMMA, and run on HMMA.
-    "class_attention_triton._forward": "memory",
-    "class_attention_triton._backward": "memory",
-    "attention_triton._forward": "matrix",
-    "attention_backward_triton._delta": "memory",
-    "attention_backward_triton._backward_keys": "matrix",
-    "attention_backward_triton._backward_queries": "matrix",
+    "attention.class_triton._forward": "memory",
+    "attention.class_triton._backward": "memory",
+    "attention.forward_triton._forward": "matrix",
+    "attention.backward_triton._delta": "memory",
+    "attention.backward_triton._backward_keys": "matrix",
+    "attention.backward_triton._backward_queries": "matrix",
 }

@@ -84,7 +84,8 @@ class Recorder:
             if recorder.last and recorder.last not in recorder.own:
                 return None
             kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
-            name = f"{function.module.rpartition('.')[2]}.{function.__name__}"
+            room = function.module.removeprefix("kineticlip_kernels.")
+            name = f"{room}.{function.__name__}"
             recorder.kernels.setdefault(kernel.hash, (recorder.case, name, kernel))
             return kernel
 

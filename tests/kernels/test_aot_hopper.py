@@ -30,9 +30,9 @@ def launched() -> set[str]:
     """module.kernel of every `kernel[grid](...)` in the package's sources."""
     names = set()
     for folder in kineticlip_kernels.__path__:
-        for path in HERE.joinpath(folder).glob("*_triton.py"):
+        for path in HERE.joinpath(folder).rglob("*_triton.py"):
             found = re.findall(r"^ +(_\w+)\[.+\]\(", path.read_text(), re.M)
-            names |= {f"{path.stem}.{name}" for name in found}
+            names |= {f"{path.parent.name}.{path.stem}.{name}" for name in found}
     return names
 
 

@@ -11,8 +11,8 @@ from kernel_rig import BF16, FP16, FP32
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kineticlip_kernels import attention as attention_module
 from kineticlip_kernels.attention import attention_reasons, choose_attention
+from kineticlip_kernels.attention import ops as attention_module
 from kineticlip_kernels.dispatch import UnsupportedInput, choose, matrix_reasons, triton_reasons
 from kineticlip_kernels.temporal import frame_reasons
 

@@ -1,7 +1,7 @@
 """What the kernels of `attend_tokens` share: f of a tile, and the scores of the queries.
 
 f is the sum of up to five terms; it and z, f normalised over the channels, exist in registers
-only. Letters: see evl.py; M = B * T frames.
+only. Letters: see ops.py; M = B * T frames.
 """
 
 from __future__ import annotations

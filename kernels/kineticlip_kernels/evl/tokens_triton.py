@@ -2,7 +2,7 @@
 
 Two kernels stream the tokens, a tile of tokens by channels at a time, and what goes between them
 is [B, T * N, Q]: scores (with mean and 1 / std of every token), then sums weighted by softmax.
-The backward pass has a file of its own. Letters: see evl.py; M = B * T frames.
+The backward pass has a file of its own. Letters: see ops.py; M = B * T frames.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.evl_backward_triton import attend_tokens_backward
-from kineticlip_kernels.evl_terms_triton import (
+from kineticlip_kernels.evl.terms_triton import (
     PRECISION,
     launch_scores,
     normalised,
     sum_terms,
     term_arguments,
 )
+from kineticlip_kernels.evl.tokens_backward_triton import attend_tokens_backward
 from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
 

@@ -1,6 +1,6 @@
 """The backward pass of attention in Triton: keys and values in one kernel, queries in another.
 
-Shape letters as in attention_sets_triton.py. No atomics: gradients repeat to the bit.
+Shape letters as in sets_triton.py. No atomics: gradients repeat to the bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.attention_sets_triton import (
+from kineticlip_kernels.attention.sets_triton import (
     LOG2_E,
     key_sets,
     load_tile,

@@ -65,7 +65,7 @@ def quantize_rows(x: Tensor, *, impl: Impl = "auto") -> Scaled:
     _refuse_gradients("quantize_rows", x)
     if choose("quantize_rows", impl, _row_reasons(impl, x=x)) == "reference":
         return quantize_rows_reference(x)
-    from kineticlip_kernels.fp8_triton import quantize_rows_triton
+    from kineticlip_kernels.fp8.operands_triton import quantize_rows_triton
 
     return quantize_rows_triton(x)
 
@@ -90,7 +90,7 @@ def layer_norm_fp8(
     why_not = reasons(impl, x, weight, bias) + e4m3_reasons(x)
     if choose("layer_norm_fp8", impl, why_not) == "reference":
         return layer_norm_fp8_reference(x, weight, bias, eps)
-    from kineticlip_kernels.fp8_triton import layer_norm_fp8_triton
+    from kineticlip_kernels.fp8.operands_triton import layer_norm_fp8_triton
 
     return layer_norm_fp8_triton(x, weight, bias, eps)
 
@@ -123,7 +123,7 @@ def add_layer_norm_fp8(
         why_not.append("residual and update differ in dtype")
     if choose("add_layer_norm_fp8", impl, why_not) == "reference":
         return add_layer_norm_fp8_reference(residual, update, weight, bias, eps)
-    from kineticlip_kernels.fp8_triton import add_layer_norm_fp8_triton
+    from kineticlip_kernels.fp8.operands_triton import add_layer_norm_fp8_triton
 
     return add_layer_norm_fp8_triton(residual, update, weight, bias, eps)
 
@@ -146,7 +146,7 @@ def bias_quick_gelu_fp8(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Scal
     _refuse_gradients("bias_quick_gelu_fp8", x, bias)
     if choose("bias_quick_gelu_fp8", impl, _row_reasons(impl, x=x, bias=bias)) == "reference":
         return bias_quick_gelu_fp8_reference(x, bias)
-    from kineticlip_kernels.fp8_triton import bias_quick_gelu_fp8_triton
+    from kineticlip_kernels.fp8.operands_triton import bias_quick_gelu_fp8_triton
 
     return bias_quick_gelu_fp8_triton(x, bias)
 
@@ -172,7 +172,7 @@ def attention_fp8(qkv: Tensor, *, sources: Sequence[Source] = (), impl: Impl = "
     why_not = attention_reasons(impl, qkv, sources) + e4m3_reasons(qkv)
     if choose("attention_fp8", impl, why_not) == "reference":
         return attention_fp8_reference(qkv, sources=sources)
-    from kineticlip_kernels.fp8_triton import attention_fp8_triton
+    from kineticlip_kernels.fp8.operands_triton import attention_fp8_triton
 
     return attention_fp8_triton(qkv, sources=sources)
 
@@ -231,7 +231,7 @@ def linear_fp8(
     if face == "reference":
         return linear_fp8_reference(x, weight, bias, dtype=dtype)
     if face == "triton":
-        from kineticlip_kernels.fp8_triton import linear_fp8_triton
+        from kineticlip_kernels.fp8.operands_triton import linear_fp8_triton
 
         return linear_fp8_triton(x, weight, bias, dtype=dtype)
     flat = x.values.reshape(-1, x.values.shape[-1])

@@ -38,7 +38,7 @@ def bias_quick_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     check_bias("bias_quick_gelu", x, bias)
     if choose("bias_quick_gelu", impl, triton_reasons(impl, x=x, bias=bias)) == "reference":
         return bias_quick_gelu_reference(x, bias)
-    from kineticlip_kernels.mlp_triton import bias_quick_gelu_triton
+    from kineticlip_kernels.mlp.gelu_triton import bias_quick_gelu_triton
 
     return bias_quick_gelu_triton(x, bias)
 
@@ -70,7 +70,7 @@ def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl = "
     why_not = matrix_reasons(impl, x=x, weight=weight, bias=bias)
     if choose("linear_quick_gelu", impl, why_not) == "reference":
         return linear_quick_gelu_reference(x, weight, bias)
-    from kineticlip_kernels.mlp_triton import linear_quick_gelu_triton
+    from kineticlip_kernels.mlp.gelu_triton import linear_quick_gelu_triton
 
     return linear_quick_gelu_triton(x, weight, bias)
 

@@ -59,7 +59,7 @@ def attention(
     if face == "xformers":
         return attention_xformers(qkv, sources=sources)
     if face == "triton":
-        from kineticlip_kernels.attention_triton import attention_triton
+        from kineticlip_kernels.attention.forward_triton import attention_triton
 
         return attention_triton(qkv, sources=sources)
     return attention_reference(qkv, sources=sources)
@@ -131,7 +131,7 @@ def class_attention(
     why_not = class_attention_reasons(impl, x, weight, bias, sources, heads=heads)
     if choose("class_attention", impl, why_not) == "reference":
         return class_attention_reference(x, weight, bias, heads=heads, sources=sources)
-    from kineticlip_kernels.class_attention_triton import class_attention_triton
+    from kineticlip_kernels.attention.class_triton import class_attention_triton
 
     return class_attention_triton(x, weight, bias, heads=heads, sources=sources)
 

@@ -43,7 +43,7 @@ def mean_normalize(x: Tensor, *, impl: Impl = "auto") -> Tensor:
         why_not.append(f"rows of {x.shape[-1]} elements (at most {MAX_WIDTH})")
     if choose("mean_normalize", impl, why_not) == "reference":
         return mean_normalize_reference(x)
-    from kineticlip_kernels.head_triton import mean_normalize_triton
+    from kineticlip_kernels.head.means_triton import mean_normalize_triton
 
     return mean_normalize_triton(x)
 
@@ -87,7 +87,7 @@ def class_cross_entropy(
         why_not.append("x and classes differ in dtype")
     if choose("class_cross_entropy", impl, why_not) == "reference":
         return class_cross_entropy_reference(x, classes, labels, scale)
-    from kineticlip_kernels.head_classes_triton import class_cross_entropy_triton
+    from kineticlip_kernels.head.classes_triton import class_cross_entropy_triton
 
     return class_cross_entropy_triton(x, classes, labels, scale)
 
@@ -127,7 +127,7 @@ def top_classes(
         why_not.append(f"k is {k} (at most {MAX_TOP})")
     if choose("top_classes", impl, why_not) == "reference":
         return top_classes_reference(x, classes, k, scale=scale)
-    from kineticlip_kernels.head_classes_triton import top_classes_triton
+    from kineticlip_kernels.head.classes_triton import top_classes_triton
 
     return top_classes_triton(x, classes, k, scale=scale)
 
@@ -163,7 +163,7 @@ def mean_softmax(logits: Tensor, *, impl: Impl = "auto") -> Tensor:
         why_not.append("logits need a gradient")
     if choose("mean_softmax", impl, why_not) == "reference":
         return mean_softmax_reference(logits)
-    from kineticlip_kernels.head_triton import mean_softmax_triton
+    from kineticlip_kernels.head.means_triton import mean_softmax_triton
 
     return mean_softmax_triton(logits)
 

@@ -72,7 +72,7 @@ def add_layer_norm(
     if choose("add_layer_norm", impl, why_not) == "reference":
         total, y = add_layer_norm_reference(residual, update, weight, bias, eps)
         return total, remember(y, layer_norm_reference, total, weight, bias, eps)
-    from kineticlip_kernels.norm_triton import add_layer_norm_triton
+    from kineticlip_kernels.norm.norm_triton import add_layer_norm_triton
 
     total, y = add_layer_norm_triton(residual, update, weight, bias, eps)
     return total, remember(y, _layer_norm_triton, total, weight, bias, eps)
@@ -87,7 +87,7 @@ def add_layer_norm_reference(
 
 
 def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    from kineticlip_kernels.norm_triton import layer_norm_triton
+    from kineticlip_kernels.norm.norm_triton import layer_norm_triton
 
     return layer_norm_triton(x, weight, bias, eps)
 

@@ -51,11 +51,11 @@ def neighbour_maps(q: Tensor, k: Tensor, *, impl: EvlImpl = "auto") -> Tensor:
         )
     face = _choose("neighbour_maps", impl, matrix_reasons(impl, q=q, k=k))
     if face == "triton":
-        from kineticlip_kernels.evl_maps_triton import neighbour_maps_triton
+        from kineticlip_kernels.evl.maps_triton import neighbour_maps_triton
 
         return neighbour_maps_triton(q, k)
     if face == "lean":
-        from kineticlip_kernels.evl_lean import neighbour_maps_lean
+        from kineticlip_kernels.evl.lean import neighbour_maps_lean
 
         return neighbour_maps_lean(q, k)
     return neighbour_maps_reference(q, k)
@@ -93,11 +93,11 @@ def displacement(
     why_not = triton_reasons(impl, maps=maps, previous_weight=weights[0], next_weight=weights[1])
     face = _choose("displacement", impl, why_not)
     if face == "triton":
-        from kineticlip_kernels.evl_displacement_triton import displacement_triton
+        from kineticlip_kernels.evl.displacement_triton import displacement_triton
 
         return displacement_triton(maps, *weights, grid=grid)
     if face == "lean":
-        from kineticlip_kernels.evl_lean import displacement_lean
+        from kineticlip_kernels.evl.lean import displacement_lean
 
         return displacement_lean(maps, *weights, grid=grid)
     return displacement_reference(maps, *weights, grid=grid)
@@ -164,11 +164,11 @@ def attend_tokens(
         why_not.append(f"Q is {query.shape[1]} (at most {MAX_HEADS})")
     face = _choose("attend_tokens", impl, why_not)
     if face == "triton":
-        from kineticlip_kernels.evl_triton import attend_tokens_triton
+        from kineticlip_kernels.evl.tokens_triton import attend_tokens_triton
 
         return attend_tokens_triton(query, tokens, **terms, eps=eps)
     if face == "lean":
-        from kineticlip_kernels.evl_lean import attend_tokens_lean
+        from kineticlip_kernels.evl.lean import attend_tokens_lean
 
         return attend_tokens_lean(query, tokens, **terms, eps=eps)
     return attend_tokens_reference(query, tokens, **terms, eps=eps)

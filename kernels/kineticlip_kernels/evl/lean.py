@@ -1,4 +1,4 @@
-"""The lean faces of evl.py: plain PyTorch with hand-written gradients. See there for the letters.
+"""The lean faces of ops.py: plain PyTorch with hand-written gradients. See there for the letters.
 
 What makes them small: the keys and values of T * N tokens are never projected, the weights of
 P * P offset pairs never gathered, nothing but the normalised tokens and the maps kept for the
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kineticlip_kernels.dispatch import full_precision
-from kineticlip_kernels.evl import wide
+from kineticlip_kernels.evl.ops import wide
 
 
 def _apply(function: Any, *inputs: Any) -> Tensor:

@@ -52,7 +52,7 @@ def frame_attention(qkv: Tensor, *, impl: AttentionImpl = "auto") -> Tensor:
         return attention(qkv)
     if face == "reference":
         return frame_attention_reference(qkv)
-    from kineticlip_kernels.temporal_triton import frame_attention_triton
+    from kineticlip_kernels.temporal.frames_triton import frame_attention_triton
 
     return frame_attention_triton(qkv)
 

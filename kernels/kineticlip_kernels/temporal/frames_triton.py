@@ -1,7 +1,7 @@
 """Triton twin of `frame_attention`: one program per clip and head, forward and backward.
 
 A program loads q, k and v of its head, [T, K] each, and has all scores at once: no running
-maximum, no saved statistics, no second pass, no atomics. Letters: see temporal.py.
+maximum, no saved statistics, no second pass, no atomics. Letters: see ops.py.
 """
 
 from __future__ import annotations

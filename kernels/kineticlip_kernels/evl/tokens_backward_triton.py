@@ -2,7 +2,7 @@
 
 The first kernel is the forward's, with dmixed for a query. The second needs no reduction over
 channels: with w = (weight, slope) over the rows r = (dmixed, query), dz = w r, so mean(dz) =
-w mean(r) and mean(dz z) = w (r z) / C, known from the scores. Letters: see evl.py; M = B * T
+w mean(r) and mean(dz z) = w (r z) / C, known from the scores. Letters: see ops.py; M = B * T
 frames.
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.evl_terms_triton import (
+from kineticlip_kernels.evl.terms_triton import (
     PRECISION,
     frame_tile,
     launch_scores,

@@ -62,7 +62,7 @@ def cut_crops(
         return cut_crops_reference(
             frames, crops, width=width, height=height, side=side, resample=resample
         )
-    from kineticlip_kernels.patches_triton import cut_crops_triton
+    from kineticlip_kernels.patches.crops_triton import cut_crops_triton
 
     return cut_crops_triton(frames, crops, width=width, height=height, side=side, resample=resample)
 
@@ -184,7 +184,7 @@ def unfold_patches(
         why_not.append(f"dtype is {dtype_name(dtype)} (supported: fp32, fp16, bf16)")
     if choose("unfold_patches", impl, why_not) == "reference":
         return unfold_patches_reference(pixels, patch, dtype=dtype)
-    from kineticlip_kernels.patches_triton import unfold_patches_triton
+    from kineticlip_kernels.patches.crops_triton import unfold_patches_triton
 
     return unfold_patches_triton(pixels, patch, dtype=dtype)
 

@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.attention_triton import launch_forward as launch_attention
-from kineticlip_kernels.fp8 import FP8, Scaled, value_scale
+from kineticlip_kernels.attention.forward_triton import launch_forward as launch_attention
+from kineticlip_kernels.fp8.ops import FP8, Scaled, value_scale
 from kineticlip_kernels.gemm_triton import multiply, tile_of
 from kineticlip_kernels.launch import Operator, ceil_div, power_of_two
-from kineticlip_kernels.mlp_triton import gate
-from kineticlip_kernels.norm_triton import E4M3_MAX
-from kineticlip_kernels.norm_triton import launch_forward as launch_norm
+from kineticlip_kernels.mlp.gelu_triton import gate
+from kineticlip_kernels.norm.norm_triton import E4M3_MAX
+from kineticlip_kernels.norm.norm_triton import launch_forward as launch_norm
 from kineticlip_kernels.tuning import blocks
 
 

@@ -1,4 +1,4 @@
-"""Triton twin of patches.py: Pillow's two passes in its own integers, and the patch matrix.
+"""Triton twin of ops.py: Pillow's two passes in its own integers, and the patch matrix.
 
 The resampler is two kernels. The first makes every needed column of every needed row, mirrored or
 not, from the frames as they lie; the second makes the rows of each crop. What a crop shows is in
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kineticlip_kernels import launch
 from kineticlip_kernels.launch import Operator, ceil_div
-from kineticlip_kernels.patches import (
+from kineticlip_kernels.patches.ops import (
     PRECISION,
     Crop,
     Resample,

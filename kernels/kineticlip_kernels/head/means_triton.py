@@ -1,4 +1,4 @@
-"""Triton twin of head.py: averages of embeddings and of scores. Classes: head_classes_triton.py.
+"""Triton twin of ops.py: averages of embeddings and of scores. Classes: classes_triton.py.
 
 Shape letters: B clips, T frames, N rows, V views, E embedding, C classes.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.head import EPS
+from kineticlip_kernels.head.ops import EPS
 from kineticlip_kernels.launch import FusedOp, Operator, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
 

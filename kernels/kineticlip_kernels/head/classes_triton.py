@@ -1,4 +1,4 @@
-"""Triton twin of head.py: scores of many classes without their matrix.
+"""Triton twin of ops.py: scores of many classes without their matrix.
 
 Shape letters: N rows, V views, R = N * V rows of embeddings, E embedding, C classes. The tiles of
 the products have the classes in front, [classes, rows]: a batch has few rows, and Hopper's matrix
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.head import IGNORED
+from kineticlip_kernels.head.ops import IGNORED
 from kineticlip_kernels.launch import FusedOp, Operator, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
 

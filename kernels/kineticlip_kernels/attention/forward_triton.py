@@ -1,6 +1,6 @@
 """Multi-head attention in Triton, on packed projections and several sets of keys and values.
 
-Shape letters as in attention_sets_triton.py. The sets are attended one after the other, so
+Shape letters as in sets_triton.py. The sets are attended one after the other, so
 nothing is copied or concatenated. The algorithm is FlashAttention-2 (Dao 2023).
 """
 
@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.attention import MAX_SOURCES
-from kineticlip_kernels.attention_backward_triton import attention_backward
-from kineticlip_kernels.attention_sets_triton import (
+from kineticlip_kernels.attention.backward_triton import attention_backward
+from kineticlip_kernels.attention.ops import MAX_SOURCES
+from kineticlip_kernels.attention.sets_triton import (
     LOG2_E,
     key_sets,
     load_tile,
@@ -24,7 +24,7 @@ from kineticlip_kernels.attention_sets_triton import (
     store_tile,
 )
 from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
-from kineticlip_kernels.norm_triton import E4M3_MAX
+from kineticlip_kernels.norm.norm_triton import E4M3_MAX
 from kineticlip_kernels.tuning import blocks
 
 

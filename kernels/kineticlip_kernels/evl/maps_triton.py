@@ -2,7 +2,7 @@
 
 A map is one tile of the mean, summed over heads in registers; no head's attention reaches memory.
 The first kernel finds log sum exp of every score row, the second the maps; the backward pass
-recomputes attention from the same sums. Letters: see evl.py. A pair (d, b, t) is direction d of
+recomputes attention from the same sums. Letters: see ops.py. A pair (d, b, t) is direction d of
 frames t and t + 1: in direction 0 frame t + 1 looks at t, in direction 1 frame t looks at t + 1.
 """
 

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.attention import MAX_SOURCES, absorbed_query, project_values
-from kineticlip_kernels.attention_sets_triton import LOG2_E, load_tile, store_tile
+from kineticlip_kernels.attention.ops import MAX_SOURCES, absorbed_query, project_values
+from kineticlip_kernels.attention.sets_triton import LOG2_E, load_tile, store_tile
 from kineticlip_kernels.launch import FusedOp, power_of_two, readable
 from kineticlip_kernels.tuning import blocks
 
@@ -102,7 +102,7 @@ def _backward(
         for start in range(0, length, BLOCK_N):
             y = load_tile(base, start, length, token_stride, D, BLOCK_D, BLOCK_N)
             scores = tl.dot(y, query.T, input_precision="ieee") * LOG2  # [n, H]
-            # Tokens behind the end: see attention_backward_triton.py.
+            # Tokens behind the end: see backward_triton.py.
             known = (start + tl.arange(0, BLOCK_N) < length)[:, None]
             weights = tl.where(known, tl.exp2(scores - lse[None, :]), 0.0)
             grad_weights = tl.dot(y, grad.T, input_precision="ieee")

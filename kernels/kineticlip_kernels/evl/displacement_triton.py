@@ -2,7 +2,7 @@
 
 For one query patch p the keys r use the weight rows off(p, r), each a contiguous run of C values
 out of a table that stays in L2 (9 MB at 336 pixels). Channels are the first operand of every
-product, so that few frames still meet Hopper's 64-row instruction. Letters: see evl.py; L = B * T
+product, so that few frames still meet Hopper's 64-row instruction. Letters: see ops.py; L = B * T
 frames, and a pair (d, b, t) is direction d of frames t and t + 1, which adds to the frame that
 looks: t + 1 in direction 0, t in direction 1.
 """

@@ -1,0 +1,19 @@
+"""CLIP's QuickGELU, x * sigmoid(1.702 x), fused with the bias or the linear layer before it."""
+
+from kineticlip_kernels.mlp.ops import (
+    bias_quick_gelu,
+    bias_quick_gelu_reference,
+    check_bias,
+    linear_quick_gelu,
+    linear_quick_gelu_reference,
+    quick_gelu,
+)
+
+__all__ = [
+    "bias_quick_gelu",
+    "bias_quick_gelu_reference",
+    "check_bias",
+    "linear_quick_gelu",
+    "linear_quick_gelu_reference",
+    "quick_gelu",
+]
