@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ENGINE = Path(__file__).parents[1] / "engine" / "kineticlip"
-KERNELS = Path(__file__).parents[1] / "kernels" / "kineticlip_kernels"
 
 # A module may import its own layer and the layers above it in this list, never a later one.
 LAYERS = (
@@ -65,21 +64,3 @@ def test_engine_imports_only_downward(path: Path) -> None:
             continue
         assert parts[1] in RANK, f"{path}:{line}: {name} has no place in LAYERS"
         assert RANK[parts[1]] <= RANK[own], f"{path}:{line}: {own} must not import {name}"
-
-
-@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: p.name)
-def test_kernels_never_import_the_engine(path: Path) -> None:
-    roots = {name.split(".")[0] for _, name in imports(path)}
-    assert "kineticlip" not in roots, f"{path} imports the engine"
-    if not path.stem.endswith("_triton"):
-        top = {
-            name.split(".")[0]
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-            )
-        }
-        assert "triton" not in top, f"{path} imports triton before it is chosen"

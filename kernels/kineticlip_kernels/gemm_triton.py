@@ -3,6 +3,8 @@
 Shape letters: R rows, D width in, F width out.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 import triton

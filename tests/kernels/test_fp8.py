@@ -25,7 +25,7 @@ from kineticlip_kernels.fp8 import (
     layer_norm_fp8,
     linear_fp8,
     linear_fp8_reference,
-    operands_triton,
+    linear_triton,
     quantize_rows,
     quantize_rows_reference,
     value_scale,
@@ -246,7 +246,7 @@ class TestOnStandInsOfGpuTensors:
             linear_fp8(x, weight, row, dtype=dtype, impl="scaled_mm")
         assert reason in str(caught.value)
         launched = self.tensor(4, 48, dtype=dtype)
-        monkeypatch.setattr(operands_triton, "linear_fp8_triton", lambda *given, **named: launched)
+        monkeypatch.setattr(linear_triton, "linear_fp8_triton", lambda *given, **named: launched)
         with recorded_choices() as choices:
             assert linear_fp8(x, weight, row, dtype=dtype) is launched
         assert (choices[0].face, choices[0].why_not) == ("triton", (reason,))

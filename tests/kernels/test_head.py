@@ -15,7 +15,7 @@ from kineticlip_kernels.head import (
     IGNORED,
     class_cross_entropy,
     class_cross_entropy_reference,
-    classes_triton,
+    loss_triton,
     mean_normalize,
     mean_normalize_reference,
     mean_softmax,
@@ -23,6 +23,7 @@ from kineticlip_kernels.head import (
     means_triton,
     top_classes,
     top_classes_reference,
+    top_triton,
 )
 
 mean_normalize_face = partial(mean_normalize, impl="triton")
@@ -88,7 +89,7 @@ def test_class_cross_entropy(count: int, classes: int, width: int, dtype: torch.
 
 
 def test_class_cross_entropy_works_through_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classes_triton, "CHUNK", 16)
+    monkeypatch.setattr(loss_triton, "CHUNK", 16)
     inputs = {"x": rows(4, 24), "classes": rows(41, 24, seed=1), "labels": labels(4, 41)}
     check(
         class_cross_entropy_reference,
@@ -205,9 +206,9 @@ def test_operators_under_torch_compile() -> None:
 
     torch.library.opcheck(means_triton._mean_normalize.operator, (x,))
     arguments = (rows(3, 16), classes, target, scale)
-    torch.library.opcheck(classes_triton._class_cross_entropy.operator, arguments)
+    torch.library.opcheck(loss_triton._class_cross_entropy.operator, arguments)
     arguments = (rows(2, 2, 16, grad=False), classes.detach(), 2, 10.0)
-    torch.library.opcheck(classes_triton._top_classes_op.operator, arguments)
+    torch.library.opcheck(top_triton._top_classes_op.operator, arguments)
     torch.library.opcheck(means_triton._mean_softmax_op.operator, (randn(2, 3, 5, grad=False),))
 
 

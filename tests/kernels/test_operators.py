@@ -27,8 +27,9 @@ from kineticlip_kernels.attention import (
     forward_triton,
 )
 from kineticlip_kernels.examples import examples
+from kineticlip_kernels.fp8 import linear_triton as fp8_linear
 from kineticlip_kernels.fp8 import operands_triton
-from kineticlip_kernels.mlp import bias_quick_gelu, gelu_triton, linear_quick_gelu
+from kineticlip_kernels.mlp import bias_quick_gelu, gelu_triton, linear_quick_gelu, linear_triton
 from kineticlip_kernels.norm import add_layer_norm, layer_norm, norm_triton
 
 randn = partial(any_randn, dtype=MATRIX)
@@ -47,7 +48,7 @@ OPERATORS = {
     ),
     "bias_quick_gelu": (gelu_triton._bias_quick_gelu, [*operands((3, 24)), BIAS]),
     "linear_quick_gelu": (
-        gelu_triton._linear_quick_gelu,
+        linear_triton._linear_quick_gelu,
         [*operands((3, 16), (24, 16)), BIAS, True],
     ),
     "attention": (
@@ -72,7 +73,7 @@ INFERENCE = {
     "bias_quick_gelu_fp8": (operands_triton._bias_quick_gelu, [ROW, PARAMETERS[1]]),
     "attention_fp8": (operands_triton._attention, [QKV, [KEY], [KEY], ONES[:2]]),
     "linear_fp8": (
-        operands_triton._linear_op,
+        fp8_linear._linear_op,
         [EIGHT, ONES, EIGHT, ONES, None, torch.bfloat16],
     ),
 }

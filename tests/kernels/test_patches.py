@@ -18,11 +18,13 @@ from kineticlip_kernels.patches import (
     cut_crops,
     cut_crops_reference,
     fold_patch_embedding,
-    ops,
     patch_columns,
+    reference,
+    resample,
     resample_table,
     unfold_patches,
     unfold_patches_reference,
+    unfold_triton,
 )
 
 
@@ -143,7 +145,7 @@ def test_operators_under_torch_compile() -> None:
     arguments = (frames, [1, 0, 1], 10, 9, 8, "bicubic")
     torch.library.opcheck(crops_triton._cut_crops_op.operator, arguments)
     arguments = (noise(2, 3, 8, 8), 4, BF16)
-    torch.library.opcheck(crops_triton._unfold_patches_op.operator, arguments)
+    torch.library.opcheck(unfold_triton._unfold_patches_op.operator, arguments)
 
 
 def test_reference_under_torch_compile() -> None:
@@ -156,14 +158,14 @@ def test_reference_under_torch_compile() -> None:
         compiled = torch.compile(cut, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(frames), cut(frames))
     for axis in (1, 2):
-        torch.library.opcheck(ops._resample_op.operator, (planar, axis, 7, "bilinear"))
+        torch.library.opcheck(reference._resample_op.operator, (planar, axis, 7, "bilinear"))
 
 
 def test_reference_copies_nothing_from_the_host_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = noise(1, 17, 15, 3)
     cut = partial(cut_crops_reference, frames, [(1, 0, True)], width=11, height=9, side=8)
     expected = cut()
-    monkeypatch.setattr(ops, "resample_table", None)  # which makes tables on the host
+    monkeypatch.setattr(resample, "resample_table", None)  # which makes tables on the host
     assert torch.equal(cut(), expected)
     if DEVICE == "cuda":
         graph = torch.cuda.CUDAGraph()

@@ -3,6 +3,8 @@
 Shape letters as in sets_triton.py. No atomics: gradients repeat to the bit.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch

@@ -5,6 +5,8 @@ each other set has M' rows, shared by M / M' images. With the key projection mov
 a token y gets the score q_h . y for head h, and the heads mix the tokens themselves.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
-from kineticlip_kernels.attention.ops import MAX_SOURCES, absorbed_query, project_values
+from kineticlip_kernels.attention.reference import absorbed_query, project_values
 from kineticlip_kernels.attention.sets_triton import LOG2_E, load_tile, store_tile
+from kineticlip_kernels.attention.sources import MAX_SOURCES
 from kineticlip_kernels.launch import FusedOp, power_of_two, readable
 from kineticlip_kernels.tuning import blocks
 

@@ -4,6 +4,8 @@ Shape letters as in sets_triton.py. The sets are attended one after the other, s
 nothing is copied or concatenated. The algorithm is FlashAttention-2 (Dao 2023).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
+from kineticlip_kernels.arithmetic_triton import E4M3_MAX
 from kineticlip_kernels.attention.backward_triton import attention_backward
-from kineticlip_kernels.attention.ops import MAX_SOURCES
 from kineticlip_kernels.attention.sets_triton import (
     LOG2_E,
     key_sets,
@@ -23,8 +25,8 @@ from kineticlip_kernels.attention.sets_triton import (
     set_arguments,
     store_tile,
 )
+from kineticlip_kernels.attention.sources import MAX_SOURCES
 from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
-from kineticlip_kernels.norm.norm_triton import E4M3_MAX
 from kineticlip_kernels.tuning import blocks
 
 

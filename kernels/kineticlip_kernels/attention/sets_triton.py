@@ -4,6 +4,8 @@ Shape letters: M images, N tokens (query rows of an image), H heads, K head widt
 and values is the image's own; each other has M' rows of n tokens, shared by M / M' images.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 from collections.abc import Sequence

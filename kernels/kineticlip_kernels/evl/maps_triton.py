@@ -2,9 +2,10 @@
 
 A map is one tile of the mean, summed over heads in registers; no head's attention reaches memory.
 The first kernel finds log sum exp of every score row, the second the maps; the backward pass
-recomputes attention from the same sums. Letters: see ops.py. A pair (d, b, t) is direction d of
-frames t and t + 1: in direction 0 frame t + 1 looks at t, in direction 1 frame t looks at t + 1.
+recomputes attention from the same sums. Letters: see ops.py; pairs: see pairs_triton.py.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -14,23 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
+from kineticlip_kernels.evl.maps_backward_triton import launch_backward
+from kineticlip_kernels.evl.pairs_triton import alike, patch_rows, scores_of
 from kineticlip_kernels.launch import FusedOp, ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
-
-
-@triton.jit
-def _rows(ptr, row, stride_n, count, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Patches `row` of one frame and head, [rows, K]; zeros past the last."""
-    lane = tl.arange(0, BLOCK_K)
-    place = row[:, None] * stride_n + lane[None, :]
-    return tl.load(ptr + place, mask=(row < count)[:, None] & (lane < K)[None, :], other=0.0)
-
-
-@triton.jit
-def _scores(q, k, column, count, scale):
-    """scale * q k^T in fp32; -inf where the column is no patch."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    return tl.where((column < count)[None, :], scores, float("-inf"))
 
 
 @triton.jit
@@ -54,13 +42,13 @@ def _log_sums(
     q_ptr += frame + tl.where(back, stride_t, 0)
     k_ptr += frame + tl.where(back, 0, stride_t)
     row = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
-    q = _rows(q_ptr, row, stride_n, patches, K, BLOCK_K)
+    q = patch_rows(q_ptr, row, stride_n, patches, K, BLOCK_K)
     top = tl.full([BLOCK_P], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_P], dtype=tl.float32)
     for start in range(0, patches, BLOCK_R):
         column = start + tl.arange(0, BLOCK_R)
-        k = _rows(k_ptr, column, stride_n, patches, K, BLOCK_K)
-        scores = _scores(q, k, column, patches, scale)
+        k = patch_rows(k_ptr, column, stride_n, patches, K, BLOCK_K)
+        scores = scores_of(q, k, column, patches, scale)
         new = tl.maximum(top, tl.max(scores, axis=1))
         total = total * tl.exp(top - new) + tl.sum(tl.exp(scores - new[:, None]), axis=1)
         top = new
@@ -93,142 +81,15 @@ def _maps(
     column = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     mean = tl.zeros([BLOCK_P, BLOCK_R], dtype=tl.float32)
     for head in range(heads):
-        q = _rows(q_ptr + head * stride_h, row, stride_n, patches, K, BLOCK_K)
-        k = _rows(k_ptr + head * stride_h, column, stride_n, patches, K, BLOCK_K)
+        q = patch_rows(q_ptr + head * stride_h, row, stride_n, patches, K, BLOCK_K)
+        k = patch_rows(k_ptr + head * stride_h, column, stride_n, patches, K, BLOCK_K)
         place = (pair * heads + head) * patches + row
         log_sum = tl.load(log_sum_ptr + place, mask=row < patches, other=0.0)
-        mean += tl.exp(_scores(q, k, column, patches, scale) - log_sum[:, None])
+        mean += tl.exp(scores_of(q, k, column, patches, scale) - log_sum[:, None])
     out_ptr += pair * patches * patches
     place = row[:, None] * patches + column[None, :]
     inside = (row < patches)[:, None] & (column < patches)[None, :]
     tl.store(out_ptr + place, (mean / heads).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _upper(grad_ptr, row, column, patches):
-    """Gradient of the map at [rows, columns], fp32."""
-    inside = (row < patches)[:, None] & (column < patches)[None, :]
-    place = row[:, None] * patches + column[None, :]
-    return tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _dot_exact(a, b, total):
-    """total + a @ b for fp32 a: what 16 bits lose of a goes into a second product."""
-    high = a.to(b.dtype)
-    total = tl.dot(high, b, total, input_precision="ieee")
-    if b.dtype != tl.float32:
-        total = tl.dot((a - high.to(tl.float32)).to(b.dtype), b, total)
-    return total
-
-
-@triton.jit
-def _grad_q(
-    q_ptr,
-    k_ptr,
-    log_sum_ptr,  # fp32 [2, B, T - 1, H, P]
-    grad_ptr,  # [2, B, T - 1, P, P]
-    mean_ptr,  # fp32 [2, B, T - 1, H, P], written: sum_r weight * grad of every score row
-    grad_q_ptr,  # [B, T, N, H, K] from the first patch on, contiguous
-    strides,
-    sizes,
-    scale,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """dq_p = scale sum_r weight (g / H - sum_r weight g / H) k_r, over both neighbours."""
-    stride_b, stride_t, stride_n, stride_h = strides
-    clips, pairs, heads, patches = sizes
-    image, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    clip, frame = image // (pairs + 1), image % (pairs + 1)
-    here = clip * stride_b + frame * stride_t + head * stride_h
-    row = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
-    q = _rows(q_ptr + here, row, stride_n, patches, K, BLOCK_K)
-    total = tl.zeros([BLOCK_P, BLOCK_K], dtype=tl.float32)
-    for direction in tl.static_range(2):
-        # Direction 0 looks back: no pair for the first frame. 1: none for the last.
-        if direction == 0:
-            pair, exists = clip * pairs + frame - 1, frame > 0
-            there = k_ptr + here - stride_t
-        else:
-            pair, exists = (clips + clip) * pairs + frame, frame < pairs
-            there = k_ptr + here + stride_t
-        columns = tl.where(exists, patches, 0)
-        place = (pair * heads + head) * patches + row
-        mask = (row < patches) & exists
-        log_sum = tl.load(log_sum_ptr + place, mask=mask, other=0.0)
-        upper_ptr = grad_ptr + pair * patches * patches
-        mean = tl.zeros([BLOCK_P], dtype=tl.float32)
-        for start in range(0, columns, BLOCK_R):
-            column = start + tl.arange(0, BLOCK_R)
-            k = _rows(there, column, stride_n, patches, K, BLOCK_K)
-            weight = tl.exp(_scores(q, k, column, patches, scale) - log_sum[:, None])
-            mean += tl.sum(weight * _upper(upper_ptr, row, column, patches), axis=1) / heads
-        tl.store(mean_ptr + place, mean, mask=mask)
-        for start in range(0, columns, BLOCK_R):
-            column = start + tl.arange(0, BLOCK_R)
-            k = _rows(there, column, stride_n, patches, K, BLOCK_K)
-            weight = tl.exp(_scores(q, k, column, patches, scale) - log_sum[:, None])
-            slope = weight * (_upper(upper_ptr, row, column, patches) / heads - mean[:, None])
-            total = _dot_exact(slope, k, total)
-    lane = tl.arange(0, BLOCK_K)
-    grad_q_ptr += (image * (patches + 1) * heads + head) * K
-    place = row[:, None] * (heads * K) + lane[None, :]
-    inside = (row < patches)[:, None] & (lane < K)[None, :]
-    tl.store(grad_q_ptr + place, (total * scale).to(grad_q_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _grad_k(
-    q_ptr,
-    k_ptr,
-    log_sum_ptr,  # fp32 [2, B, T - 1, H, P]
-    grad_ptr,  # [2, B, T - 1, P, P]
-    mean_ptr,  # fp32 [2, B, T - 1, H, P], what _grad_q wrote
-    grad_k_ptr,  # [B, T, N, H, K] from the first patch on, contiguous
-    strides,
-    sizes,
-    scale,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """dk_r = scale sum_p weight (g / H - mean_p) q_p, over both neighbours."""
-    stride_b, stride_t, stride_n, stride_h = strides
-    clips, pairs, heads, patches = sizes
-    image, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    clip, frame = image // (pairs + 1), image % (pairs + 1)
-    here = clip * stride_b + frame * stride_t + head * stride_h
-    column = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    k = _rows(k_ptr + here, column, stride_n, patches, K, BLOCK_K)
-    total = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
-    for direction in tl.static_range(2):
-        # Who looks at this frame: in direction 0 the next frame, in direction 1 the previous.
-        if direction == 0:
-            pair, exists = clip * pairs + frame, frame < pairs
-            there = q_ptr + here + stride_t
-        else:
-            pair, exists = (clips + clip) * pairs + frame - 1, frame > 0
-            there = q_ptr + here - stride_t
-        upper_ptr = grad_ptr + pair * patches * patches
-        for start in range(0, tl.where(exists, patches, 0), BLOCK_P):
-            row = start + tl.arange(0, BLOCK_P)
-            q = _rows(there, row, stride_n, patches, K, BLOCK_K)
-            place = (pair * heads + head) * patches + row
-            # Rows past the last patch: their log sum is infinite, so their weights are zero.
-            log_sum = tl.load(log_sum_ptr + place, mask=row < patches, other=float("inf"))
-            mean = tl.load(mean_ptr + place, mask=row < patches, other=0.0)
-            weight = tl.exp(_scores(q, k, column, patches, scale) - log_sum[:, None])
-            slope = weight * (_upper(upper_ptr, row, column, patches) / heads - mean[:, None])
-            total = _dot_exact(tl.trans(slope), q, total)
-    lane = tl.arange(0, BLOCK_K)
-    grad_k_ptr += (image * (patches + 1) * heads + head) * K
-    place = column[:, None] * (heads * K) + lane[None, :]
-    inside = (column < patches)[:, None] & (lane < K)[None, :]
-    tl.store(grad_k_ptr + place, (total * scale).to(grad_k_ptr.dtype.element_ty), mask=inside)
 
 
 def neighbour_maps_triton(q: Tensor, k: Tensor) -> Tensor:
@@ -240,7 +101,7 @@ def neighbour_maps_triton(q: Tensor, k: Tensor) -> Tensor:
 def _forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """-> (maps [2, B, T - 1, P, P], log sums fp32 [2, B, T - 1, H, P])."""
     clips, frames, count, heads, width = q.shape
-    q, k = _alike(q, k)
+    q, k = alike(q, k)
     patches, pairs = count - 1, frames - 1
     maps = launch.empty(2, clips, pairs, patches, patches, dtype=q.dtype, device=q.device)
     log_sums = launch.empty(2, clips, pairs, heads, patches, dtype=torch.float32, device=q.device)
@@ -260,40 +121,6 @@ def _forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return maps, log_sums
 
 
-def _backward(
-    flags: list[bool], q: Tensor, k: Tensor, log_sums: Tensor, grad: Tensor
-) -> list[Tensor]:
-    clips, frames, count, heads, width = q.shape
-    q, k = _alike(q, k)
-    patches, pairs = count - 1, frames - 1
-    grad_q = launch.empty(*q.shape, dtype=q.dtype, device=q.device)
-    grad_k = launch.empty(*q.shape, dtype=q.dtype, device=q.device)
-    if grad.numel() == 0:
-        return [grad_q.zero_(), grad_k.zero_()]
-    grad_q[:, :, 0] = 0
-    grad_k[:, :, 0] = 0
-    grad, mean = grad.contiguous(), torch.empty_like(log_sums)
-    arguments = (q.stride()[:4], (clips, pairs, heads, patches), width**-0.5)
-    shape = {"K": width, "BLOCK_K": max(power_of_two(width), 16)}
-    block = blocks("neighbour_gradients", q.device)
-    steps = {name: ceil_div(patches, block[name]) for name in ("BLOCK_P", "BLOCK_R")}
-    q_patches, k_patches = q[:, :, 1:], k[:, :, 1:]
-    _grad_q[(clips * frames, heads, steps["BLOCK_P"])](
-        q_patches, k_patches, log_sums, grad, mean, grad_q[:, :, 1:], *arguments, **shape, **block
-    )
-    _grad_k[(clips * frames, heads, steps["BLOCK_R"])](
-        q_patches, k_patches, log_sums, grad, mean, grad_k[:, :, 1:], *arguments, **shape, **block
-    )
-    return [grad_q, grad_k]
-
-
-def _alike(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k with equal strides and neighbouring channels, which the kernels assume."""
-    if q.stride() == k.stride() and q.stride(-1) == 1 and launch.near(q):
-        return q, k
-    return q.contiguous(), k.contiguous()
-
-
 def _fake_forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     clips, frames, count, heads, _ = q.shape
     shape = (2, clips, frames - 1)
@@ -306,7 +133,7 @@ def _fake_forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 _neighbour_maps = FusedOp(
     "neighbour_maps",
     _forward,
-    _backward,
+    launch_backward,
     fake_forward=_fake_forward,
     fake_backward=lambda flags, q, k, log_sums, grad: [q.new_empty(q.shape) for _ in range(2)],
     save=lambda inputs, outputs: ((*inputs, outputs[1]), ()),

@@ -4,6 +4,8 @@ f is the sum of up to five terms; it and z, f normalised over the channels, exis
 only. Letters: see ops.py; M = B * T frames.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,11 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
+from kineticlip_kernels.arithmetic_triton import PRECISION
 from kineticlip_kernels.launch import ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
-
-# Three products of 19-bit floats: fp32 accuracy on tensor cores. The kernels are memory-bound.
-PRECISION = tl.constexpr("tf32x3")
 
 Terms = tuple[Any, ...]  # tokens, then a tensor or None for each term of `sum_terms`
 

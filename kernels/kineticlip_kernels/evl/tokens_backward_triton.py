@@ -6,6 +6,8 @@ w mean(r) and mean(dz z) = w (r z) / C, known from the scores. Letters: see ops.
 frames.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch
@@ -14,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
+from kineticlip_kernels.arithmetic_triton import PRECISION
 from kineticlip_kernels.evl.terms_triton import (
-    PRECISION,
     frame_tile,
     launch_scores,
     normalised,

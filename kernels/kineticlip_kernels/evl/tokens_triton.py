@@ -5,6 +5,8 @@ is [B, T * N, Q]: scores (with mean and 1 / std of every token), then sums weigh
 The backward pass has a file of its own. Letters: see ops.py; M = B * T frames.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch
@@ -13,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
+from kineticlip_kernels.arithmetic_triton import PRECISION
 from kineticlip_kernels.evl.terms_triton import (
-    PRECISION,
     launch_scores,
     normalised,
     sum_terms,

@@ -1,7 +1,9 @@
-"""8-bit operands in Triton: what makes them writes them, and a GEMM with a scale a row.
+"""8-bit operands in Triton: what makes them writes them.
 
-Shape letters: R rows (all leading axes), D width in, F width out.
+Shape letters: R rows (all leading axes), D width.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -13,13 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
+from kineticlip_kernels.arithmetic_triton import row_scale
 from kineticlip_kernels.attention.forward_triton import launch_forward as launch_attention
-from kineticlip_kernels.fp8.ops import FP8, Scaled, value_scale
-from kineticlip_kernels.gemm_triton import multiply, tile_of
-from kineticlip_kernels.launch import Operator, ceil_div, power_of_two
+from kineticlip_kernels.fp8.format import FP8, Scaled, value_scale
+from kineticlip_kernels.launch import Operator, power_of_two
 from kineticlip_kernels.mlp.gelu_triton import gate
-from kineticlip_kernels.norm.norm_triton import E4M3_MAX
-from kineticlip_kernels.norm.norm_triton import launch_forward as launch_norm
+from kineticlip_kernels.norm.forward_triton import launch_forward as launch_norm
 from kineticlip_kernels.tuning import blocks
 
 
@@ -40,38 +41,9 @@ def _rows(
     if bias_ptr is not None:
         x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x * gate(x, True), 0.0)
-    scale = tl.max(tl.abs(x), axis=0) / E4M3_MAX
-    scale = tl.where(scale > 0, scale, 1.0)
+    scale = row_scale(tl.max(tl.abs(x), axis=0))
     tl.store(values_ptr + row * D + column, (x / scale).to(tl.float8e4nv), mask=inside)
     tl.store(scale_ptr + row, scale)
-
-
-@triton.jit
-def _linear(
-    x_ptr,  # e4m3 [R, D]
-    weight_ptr,  # e4m3 [F, D]
-    x_scale_ptr,  # fp32 [R]
-    weight_scale_ptr,  # fp32 [F]
-    bias_ptr,  # [F] or None
-    y_ptr,  # [R, F]
-    rows,
-    F,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    row, column = tile_of(tl.program_id(0), rows, F, BLOCK_M, BLOCK_N, GROUP_M)
-    total = multiply(x_ptr, weight_ptr, row, column, D, rows, F, D, BLOCK_K)
-    x_scale = tl.load(x_scale_ptr + row, mask=row < rows, other=0.0)
-    weight_scale = tl.load(weight_scale_ptr + column, mask=column < F, other=0.0)
-    y = total * x_scale[:, None] * weight_scale[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
-    inside = (row < rows)[:, None] & (column < F)[None, :]
-    out = row.to(tl.int64)[:, None] * F + column[None, :]
-    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def quantize_rows_triton(x: Tensor) -> Scaled:
@@ -103,14 +75,6 @@ def attention_fp8_triton(qkv: Tensor, *, sources: Sequence[tuple[Tensor, Tensor]
     out: Tensor = _attention(qkv, [k for k, _ in sources], [v for _, v in sources], scale)
     values = out.flatten(2)  # [M, N, H K]
     return Scaled(values, scale.unsqueeze(1).expand(values.shape[:2]))
-
-
-def linear_fp8_triton(
-    x: Scaled, weight: Scaled, bias: Tensor | None = None, *, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    """The Triton face of `linear_fp8`."""
-    y: Tensor = _linear_op(x.values, x.scale, weight.values, weight.scale, bias, dtype)
-    return y
 
 
 def _launch_rows(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -175,35 +139,6 @@ def _launch_attention(
     return out
 
 
-def _launch_linear(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    rows, width = len(flat), len(weight)
-    y = launch.empty(*x.shape[:-1], width, dtype=dtype, device=x.device)
-    if rows:
-        block = blocks("linear_fp8", x.device, rows=rows)
-        tiles = ceil_div(rows, block["BLOCK_M"]) * ceil_div(width, block["BLOCK_N"])
-        _linear[(tiles,)](
-            flat,
-            weight.contiguous(),
-            x_scale.reshape(-1).contiguous(),
-            weight_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            rows,
-            width,
-            D=flat.shape[1],
-            **block,
-        )
-    return y
-
-
 _quantize_rows = Operator("quantize_rows", _launch_quantize, fake=_fake)
 _bias_quick_gelu = Operator("bias_quick_gelu_fp8", _launch_bias_quick_gelu, fake=_fake)
 _layer_norm = Operator("layer_norm_fp8", _launch_layer_norm, fake=_fake)
@@ -216,11 +151,4 @@ _attention = Operator(
     "attention_fp8",
     _launch_attention,
     fake=lambda qkv, keys, values, scale: qkv[:, :, 0].new_empty(qkv[:, :, 0].shape, dtype=FP8),
-)
-_linear_op = Operator(
-    "linear_fp8",
-    _launch_linear,
-    fake=lambda x, x_scale, weight, weight_scale, bias, dtype: x.new_empty(
-        *x.shape[:-1], len(weight), dtype=dtype
-    ),
 )

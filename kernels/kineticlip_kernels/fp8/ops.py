@@ -8,50 +8,30 @@ of Micikevicius et al., "FP8 Formats for Deep Learning" (2022), section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kineticlip_kernels.attention import (
-    Source,
-    attention_reasons,
-    attention_reference,
-    check_sources,
-)
+from kineticlip_kernels.attention import Source, attention_reasons, check_sources
 from kineticlip_kernels.dispatch import (
     Impl,
     UnsupportedInput,
     check_operands,
     choose,
-    dtype_name,
-    interpreting,
-    triton_installed,
     triton_reasons,
 )
-from kineticlip_kernels.mlp import bias_quick_gelu_reference, check_bias
-from kineticlip_kernels.norm import check_parameters, layer_norm_reference, reasons
+from kineticlip_kernels.fp8.format import Scaled
+from kineticlip_kernels.fp8.reference import (
+    add_layer_norm_fp8_reference,
+    attention_fp8_reference,
+    bias_quick_gelu_fp8_reference,
+    layer_norm_fp8_reference,
+    quantize_rows_reference,
+)
+from kineticlip_kernels.mlp import check_bias
+from kineticlip_kernels.norm import check_parameters, reasons
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0  # the largest e4m3 value
 MAX_ROW = 16384  # of quantize_rows and bias_quick_gelu_fp8: a row is one block
-
-LinearImpl = Literal["auto", "reference", "triton", "scaled_mm"]
-LINEAR_FACES = get_args(LinearImpl)
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A tensor in 8 bits: values [..., D] e4m3 times scale [...] fp32, one a row."""
-
-    values: Tensor
-    scale: Tensor
-
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[..., D] in dtype."""
-        return self.values.to(dtype) * self.scale.to(dtype).unsqueeze(-1)
 
 
 def quantize_rows(x: Tensor, *, impl: Impl = "auto") -> Scaled:
@@ -70,13 +50,6 @@ def quantize_rows(x: Tensor, *, impl: Impl = "auto") -> Scaled:
     return quantize_rows_triton(x)
 
 
-def quantize_rows_reference(x: Tensor) -> Scaled:
-    """The specification of `quantize_rows` in plain PyTorch."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = wide.abs().amax(dim=-1) / FP8_MAX
-    return _divided(wide, torch.where(scale > 0, scale, torch.ones_like(scale)))
-
-
 def layer_norm_fp8(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, impl: Impl = "auto"
 ) -> Scaled:
@@ -93,13 +66,6 @@ def layer_norm_fp8(
     from kineticlip_kernels.fp8.operands_triton import layer_norm_fp8_triton
 
     return layer_norm_fp8_triton(x, weight, bias, eps)
-
-
-def layer_norm_fp8_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Scaled:
-    """The specification of `layer_norm_fp8` in plain PyTorch; nothing is rounded before the end."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = layer_norm_reference(wide, weight.to(wide.dtype), bias.to(wide.dtype), eps)
-    return quantize_rows_reference(normed)
 
 
 def add_layer_norm_fp8(
@@ -128,14 +94,6 @@ def add_layer_norm_fp8(
     return add_layer_norm_fp8_triton(residual, update, weight, bias, eps)
 
 
-def add_layer_norm_fp8_reference(
-    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
-) -> tuple[Tensor, Scaled]:
-    """The specification of `add_layer_norm_fp8` in plain PyTorch."""
-    total = residual + update
-    return total, layer_norm_fp8_reference(total, weight, bias, eps)
-
-
 def bias_quick_gelu_fp8(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Scaled:
     """quantize_rows(quick_gelu(x + bias)), the activation never stored in between.
 
@@ -149,12 +107,6 @@ def bias_quick_gelu_fp8(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Scal
     from kineticlip_kernels.fp8.operands_triton import bias_quick_gelu_fp8_triton
 
     return bias_quick_gelu_fp8_triton(x, bias)
-
-
-def bias_quick_gelu_fp8_reference(x: Tensor, bias: Tensor) -> Scaled:
-    """The specification of `bias_quick_gelu_fp8` in plain PyTorch."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return quantize_rows_reference(bias_quick_gelu_reference(wide, bias))
 
 
 def attention_fp8(qkv: Tensor, *, sources: Sequence[Source] = (), impl: Impl = "auto") -> Scaled:
@@ -177,86 +129,6 @@ def attention_fp8(qkv: Tensor, *, sources: Sequence[Source] = (), impl: Impl = "
     return attention_fp8_triton(qkv, sources=sources)
 
 
-def attention_fp8_reference(qkv: Tensor, *, sources: Sequence[Source] = ()) -> Scaled:
-    """The specification of `attention_fp8` in plain PyTorch."""
-    scale = value_scale(qkv, sources)  # [M]
-    out = attention_reference(qkv, sources=sources).flatten(2)  # [M, N, H K]
-    return _divided(out.to(scale.dtype), scale.unsqueeze(1).expand(out.shape[:2]))
-
-
-def value_scale(qkv: Tensor, sources: Sequence[Source] = ()) -> Tensor:
-    """max|v| / 448 of each image and its sources, 1 where all values are zero. -> [M]."""
-    largest = _largest(qkv[:, :, 2])
-    for _, v in sources:
-        shared = _largest(v).repeat_interleave(len(qkv) // len(v))
-        largest = torch.maximum(largest, shared)
-    scale = largest.to(torch.promote_types(qkv.dtype, torch.float32)) / FP8_MAX
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
-def _largest(v: Tensor) -> Tensor:
-    """max|v| of each row of [M', n, H, K]; 0 where a row has no tokens."""
-    if v[0:1].numel() == 0:
-        return v.new_zeros(len(v))
-    largest: Tensor = torch.linalg.vector_norm(v, float("inf"), dim=(1, 2, 3))
-    return largest
-
-
-def linear_fp8(
-    x: Scaled,
-    weight: Scaled,
-    bias: Tensor | None = None,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    impl: LinearImpl = "auto",
-) -> Tensor:
-    """x @ weight.T + bias out of 8-bit operands. x [..., D], weight [F, D] -> [..., F] of dtype.
-
-    The scales are applied to the sums, which are fp32. Hopper's tensor cores keep fewer bits of a
-    running sum of e4m3 products: there the Triton face adds it to one in fp32 every 128 products.
-    scaled_mm is PyTorch's own kernel (cuBLAS, or CUTLASS before CUDA 12.9 and on Blackwell), with
-    use_fast_accum=False, which promises the same. It is the choice of "auto" on a GPU where it
-    can run, and triton the next: row-wise scales need an output in 16 bits and a bias of its
-    dtype. Raises UnsupportedInput for other shapes, and where the face asked for cannot run.
-    """
-    _check_linear(x, weight, bias)
-    why_not = _linear_reasons(impl, x)
-    if impl == "triton":
-        face = choose("linear_fp8", impl, why_not, known=LINEAR_FACES)
-    else:
-        slow = "reference" if why_not or not triton_installed() else "triton"
-        why_not += scaled_mm_reasons(weight, bias, dtype)
-        known = LINEAR_FACES
-        face = choose("linear_fp8", impl, why_not, fast="scaled_mm", slow=slow, known=known)
-    if face == "reference":
-        return linear_fp8_reference(x, weight, bias, dtype=dtype)
-    if face == "triton":
-        from kineticlip_kernels.fp8.operands_triton import linear_fp8_triton
-
-        return linear_fp8_triton(x, weight, bias, dtype=dtype)
-    flat = x.values.reshape(-1, x.values.shape[-1])
-    out = torch._scaled_mm(
-        flat,
-        weight.values.t(),
-        scale_a=x.scale.reshape(-1, 1).contiguous(),
-        scale_b=weight.scale.reshape(1, -1),
-        bias=bias,
-        out_dtype=dtype,
-        use_fast_accum=False,
-    )
-    return out.view(*x.values.shape[:-1], len(weight.values))
-
-
-def linear_fp8_reference(
-    x: Scaled, weight: Scaled, bias: Tensor | None = None, *, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    """The specification of `linear_fp8` in plain PyTorch."""
-    wide = torch.promote_types(x.scale.dtype, torch.float32)
-    product = F.linear(x.values.to(wide), weight.values.to(wide))
-    out = product * x.scale.to(wide).unsqueeze(-1) * weight.scale.to(wide)
-    return (out if bias is None else out + bias.to(wide)).to(dtype)
-
-
 def e4m3_reasons(x: Tensor) -> list[str]:
     """Why the GPU that x is on cannot make or multiply e4m3; empty for other devices."""
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
@@ -264,64 +136,11 @@ def e4m3_reasons(x: Tensor) -> list[str]:
     return []
 
 
-def scaled_mm_reasons(weight: Scaled, bias: Tensor | None, dtype: torch.dtype) -> list[str]:
-    """What PyTorch's own product with row-wise scales does not take, of what `linear_fp8` does."""
-    why_not = []
-    if any(size % 16 for size in weight.values.shape):
-        why_not.append(f"weight is {tuple(weight.values.shape)} (multiples of 16 only)")
-    if dtype not in (torch.bfloat16, torch.float16):
-        why_not.append(f"the output is to be {dtype_name(dtype)} (supported: fp16, bf16)")
-    if bias is not None and bias.dtype != dtype:
-        why_not.append(f"bias is {dtype_name(bias.dtype)} and the output {dtype_name(dtype)}")
-    return why_not
-
-
 def _row_reasons(impl: str, x: Tensor, **others: Tensor) -> list[str]:
     why_not = triton_reasons(impl, x=x, **others) + e4m3_reasons(x)
     if x.shape[-1] > MAX_ROW:
         why_not.append(f"rows of {x.shape[-1]} elements (at most {MAX_ROW})")
     return why_not
-
-
-def _linear_reasons(impl: LinearImpl, x: Scaled) -> list[str]:
-    why_not = e4m3_reasons(x.values)
-    if impl == "triton" and not triton_installed():
-        why_not.append("triton is not installed")
-    if not x.values.is_cuda and not (impl == "triton" and interpreting()):
-        why_not.append(f"x is on {x.values.device.type}")
-    return why_not
-
-
-def _check_linear(x: Scaled, weight: Scaled, bias: Tensor | None) -> None:
-    operands: dict[str, Tensor | None] = {"bias": bias}
-    for name, operand in {"x": x, "weight": weight}.items():
-        if not isinstance(operand, Scaled):
-            raise UnsupportedInput(
-                f"linear_fp8: {name} is a {type(operand).__name__}, expected a Scaled, "
-                "which quantize_rows makes"
-            )
-        operands |= {f"{name}.values": operand.values, f"{name}.scale": operand.scale}
-    check_operands("linear_fp8", **operands)
-    for name, operand in {"x": x, "weight": weight}.items():
-        shape, scale = operand.values.shape, operand.scale.shape
-        if operand.values.dtype != FP8 or scale != shape[:-1]:
-            raise UnsupportedInput(
-                f"linear_fp8: {name} is {tuple(shape)} {dtype_name(operand.values.dtype)} with "
-                f"scale {tuple(scale)}; expected fp8 with a scale a row"
-            )
-    wide = weight.values.shape
-    if len(wide) != 2 or x.values.shape[-1:] != wide[1:]:
-        raise UnsupportedInput(
-            f"linear_fp8: x is {tuple(x.values.shape)} and weight {tuple(wide)}; "
-            "expected [..., D] and [F, D]"
-        )
-    if bias is not None and bias.shape != wide[:1]:
-        raise UnsupportedInput(f"linear_fp8: bias is {tuple(bias.shape)}, expected [{wide[0]}]")
-
-
-def _divided(wide: Tensor, scale: Tensor) -> Scaled:
-    """wide / scale in e4m3; clamped, because PyTorch's cast makes NaN of what is too large."""
-    return Scaled((wide / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale)
 
 
 def _refuse_gradients(op: str, *tensors: Tensor) -> None:

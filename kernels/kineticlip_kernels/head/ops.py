@@ -7,7 +7,6 @@ C classes. Means, norms, logits and softmax are fp32 (fp64 for fp64) whatever th
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kineticlip_kernels.dispatch import (
@@ -17,15 +16,18 @@ from kineticlip_kernels.dispatch import (
     check_tensors,
     choose,
     dtype_name,
-    full_precision,
     triton_reasons,
 )
+from kineticlip_kernels.head.reference import (
+    class_cross_entropy_reference,
+    mean_normalize_reference,
+    mean_softmax_reference,
+    top_classes_reference,
+)
 
-EPS = 1e-12  # of the norm: an embedding of zeros stays zeros instead of becoming NaN
 MAX_WIDTH = 8192  # E of `mean_normalize`: a row is one block
 MAX_CLASSES = 16384  # C of `mean_softmax`: a row is one block
 MAX_TOP = 16  # k of `top_classes`: sorted in registers, which 32 spill
-IGNORED = -100  # the label of a row without one, as in F.cross_entropy
 
 
 def mean_normalize(x: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -46,11 +48,6 @@ def mean_normalize(x: Tensor, *, impl: Impl = "auto") -> Tensor:
     from kineticlip_kernels.head.means_triton import mean_normalize_triton
 
     return mean_normalize_triton(x)
-
-
-def mean_normalize_reference(x: Tensor) -> Tensor:
-    """The specification of `mean_normalize` in plain PyTorch."""
-    return F.normalize(wide(x).mean(dim=1), dim=-1, eps=EPS).to(x.dtype)
 
 
 def class_cross_entropy(
@@ -87,22 +84,9 @@ def class_cross_entropy(
         why_not.append("x and classes differ in dtype")
     if choose("class_cross_entropy", impl, why_not) == "reference":
         return class_cross_entropy_reference(x, classes, labels, scale)
-    from kineticlip_kernels.head.classes_triton import class_cross_entropy_triton
+    from kineticlip_kernels.head.loss_triton import class_cross_entropy_triton
 
     return class_cross_entropy_triton(x, classes, labels, scale)
-
-
-def class_cross_entropy_reference(
-    x: Tensor, classes: Tensor, labels: Tensor, scale: Tensor
-) -> Tensor:
-    """The specification of `class_cross_entropy` in plain PyTorch."""
-    with full_precision(x):
-        logits = scale.reshape(()) * (wide(x) @ wide(classes).T)  # [N, C]
-    known = (labels >= 0) & (labels < len(classes))
-    loss = F.cross_entropy(
-        logits, labels.where(known, IGNORED), reduction="none", ignore_index=IGNORED
-    )
-    return loss.where(known | (labels == IGNORED), float("nan"))
 
 
 def top_classes(
@@ -127,21 +111,9 @@ def top_classes(
         why_not.append(f"k is {k} (at most {MAX_TOP})")
     if choose("top_classes", impl, why_not) == "reference":
         return top_classes_reference(x, classes, k, scale=scale)
-    from kineticlip_kernels.head.classes_triton import top_classes_triton
+    from kineticlip_kernels.head.top_triton import top_classes_triton
 
     return top_classes_triton(x, classes, k, scale=scale)
-
-
-@torch.no_grad()
-def top_classes_reference(
-    x: Tensor, classes: Tensor, k: int, *, scale: float = 100.0
-) -> tuple[Tensor, Tensor]:
-    """The specification of `top_classes` in plain PyTorch."""
-    views = x if x.ndim == 3 else x.unsqueeze(1)  # [N, V, E]
-    with full_precision(x):
-        scores = mean_softmax_reference(scale * (wide(views) @ wide(classes).T))  # [N, C]
-    probabilities, numbers = scores.topk(k, dim=-1)
-    return probabilities, numbers
 
 
 def mean_softmax(logits: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -166,16 +138,6 @@ def mean_softmax(logits: Tensor, *, impl: Impl = "auto") -> Tensor:
     from kineticlip_kernels.head.means_triton import mean_softmax_triton
 
     return mean_softmax_triton(logits)
-
-
-def mean_softmax_reference(logits: Tensor) -> Tensor:
-    """The specification of `mean_softmax` in plain PyTorch."""
-    return wide(logits).softmax(dim=-1).mean(dim=1)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in fp32, or as it is where it is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_rows(op: str, x: Tensor, classes: Tensor, *ranks: int) -> None:

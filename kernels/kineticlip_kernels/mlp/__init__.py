@@ -2,9 +2,11 @@
 
 from kineticlip_kernels.mlp.ops import (
     bias_quick_gelu,
-    bias_quick_gelu_reference,
     check_bias,
     linear_quick_gelu,
+)
+from kineticlip_kernels.mlp.reference import (
+    bias_quick_gelu_reference,
     linear_quick_gelu_reference,
     quick_gelu,
 )

@@ -14,7 +14,6 @@ Shape letters: R rows, D width in, F width out.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kineticlip_kernels.dispatch import (
@@ -26,7 +25,10 @@ from kineticlip_kernels.dispatch import (
     matrix_reasons,
     triton_reasons,
 )
-from kineticlip_kernels.recompute import remember
+from kineticlip_kernels.mlp.reference import (
+    bias_quick_gelu_reference,
+    linear_quick_gelu_reference,
+)
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -41,11 +43,6 @@ def bias_quick_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     from kineticlip_kernels.mlp.gelu_triton import bias_quick_gelu_triton
 
     return bias_quick_gelu_triton(x, bias)
-
-
-def bias_quick_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
-    """The specification of `bias_quick_gelu` in plain PyTorch."""
-    return quick_gelu(x + bias.to(x.dtype))
 
 
 def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -70,14 +67,9 @@ def linear_quick_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl = "
     why_not = matrix_reasons(impl, x=x, weight=weight, bias=bias)
     if choose("linear_quick_gelu", impl, why_not) == "reference":
         return linear_quick_gelu_reference(x, weight, bias)
-    from kineticlip_kernels.mlp.gelu_triton import linear_quick_gelu_triton
+    from kineticlip_kernels.mlp.linear_triton import linear_quick_gelu_triton
 
     return linear_quick_gelu_triton(x, weight, bias)
-
-
-def linear_quick_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The specification of `linear_quick_gelu` in plain PyTorch."""
-    return quick_gelu(F.linear(x, weight, bias))
 
 
 def check_bias(op: str, x: Tensor, bias: Tensor) -> None:
@@ -88,10 +80,3 @@ def check_bias(op: str, x: Tensor, bias: Tensor) -> None:
         raise UnsupportedInput(
             f"{op}: x is {tuple(x.shape)} and bias {tuple(bias.shape)}; expected [..., F] and [F]"
         )
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), elementwise."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return remember(x * torch.sigmoid(1.702 * x), quick_gelu, x)
-    return torch.mul(x, 1.702).sigmoid_().mul_(x)  # the same numbers in one temporary

@@ -3,11 +3,13 @@
 from kineticlip_kernels.norm.ops import (
     MAX_WIDTH,
     add_layer_norm,
-    add_layer_norm_reference,
     check_parameters,
     layer_norm,
-    layer_norm_reference,
     reasons,
+)
+from kineticlip_kernels.norm.reference import (
+    add_layer_norm_reference,
+    layer_norm_reference,
 )
 
 __all__ = [

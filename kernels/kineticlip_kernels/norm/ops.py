@@ -5,8 +5,6 @@ Shape letters: D width. Statistics are fp32 (fp64 for fp64) whatever the dtype o
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kineticlip_kernels.dispatch import (
@@ -16,6 +14,7 @@ from kineticlip_kernels.dispatch import (
     choose,
     triton_reasons,
 )
+from kineticlip_kernels.norm.reference import add_layer_norm_reference, layer_norm_reference
 from kineticlip_kernels.recompute import remember
 
 # A row is one block, held in registers: a block of 16384 spills in the backward, at 12288 wide
@@ -37,17 +36,6 @@ def layer_norm(
     face = choose("layer_norm", impl, reasons(impl, x, weight, bias))
     function = layer_norm_reference if face == "reference" else _layer_norm_triton
     return remember(function(x, weight, bias, eps), function, x, weight, bias, eps)
-
-
-def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """The specification of `layer_norm` in plain PyTorch."""
-    # ATen's CPU kernel takes 16-bit rows with fp32 parameters too, in one pass, fp32 inside.
-    mixed = x.device.type == "cpu" and x.itemsize == 2 and weight.dtype == torch.float32
-    if weight.dtype == bias.dtype and (weight.dtype == x.dtype or mixed):
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
-    return y.to(x.dtype)
 
 
 def add_layer_norm(
@@ -76,14 +64,6 @@ def add_layer_norm(
 
     total, y = add_layer_norm_triton(residual, update, weight, bias, eps)
     return total, remember(y, _layer_norm_triton, total, weight, bias, eps)
-
-
-def add_layer_norm_reference(
-    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    """The specification of `add_layer_norm` in plain PyTorch."""
-    total = residual + update
-    return total, layer_norm_reference(total, weight, bias, eps)
 
 
 def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -1,14 +1,16 @@
-"""Triton twin of ops.py: Pillow's two passes in its own integers, and the patch matrix.
+"""Pillow's two passes in its own integers, in Triton. Letters: see ops.py.
 
 The resampler is two kernels. The first makes every needed column of every needed row, mirrored or
 not, from the frames as they lie; the second makes the rows of each crop. What a crop shows is in
 the two tables alone: where it leaves the frame its coefficients are zero.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import triton
@@ -17,15 +19,8 @@ from torch import Tensor
 
 from kineticlip_kernels import launch
 from kineticlip_kernels.launch import Operator, ceil_div
-from kineticlip_kernels.patches.ops import (
-    PRECISION,
-    Crop,
-    Resample,
-    patch_columns,
-    resample_table,
-    rows_first,
-)
-from kineticlip_kernels.tables import kept
+from kineticlip_kernels.patches.resample import PRECISION, Crop, Resample, rows_first
+from kineticlip_kernels.patches.windows import windows
 from kineticlip_kernels.tuning import blocks
 
 SHIFT = tl.constexpr(PRECISION)
@@ -125,93 +120,6 @@ def _to_byte(total):
     return tl.minimum(tl.maximum(total >> SHIFT, 0), 255).to(tl.uint8)
 
 
-@triton.jit
-def _unfold(
-    pixels_ptr,  # uint8 [M, 3, height, width], strided
-    out_ptr,  # [M, grid_rows * grid_columns, COLUMNS]
-    stride_m,
-    stride_c,
-    stride_h,
-    stride_w,
-    total,
-    grid_rows,
-    grid_columns,
-    PATCH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    patch_row = (row // grid_columns) % grid_rows
-    image = (row // (grid_columns * grid_rows)).to(tl.int64)
-    corner = image * stride_m + patch_row * PATCH * stride_h
-    corner += (row % grid_columns) * PATCH * stride_w
-    channel = column // (PATCH * PATCH)
-    offset = channel * stride_c + (column // PATCH) % PATCH * stride_h + column % PATCH * stride_w
-    mask = (row < total)[:, None] & (column < 3 * PATCH * PATCH)[None, :]
-    byte = tl.load(pixels_ptr + corner[:, None] + offset[None, :], mask=mask, other=128)
-    value = byte.to(tl.float32) - 128.0
-    target = out_ptr + row[:, None].to(tl.int64) * COLUMNS + column[None, :]
-    mask = (row < total)[:, None] & (column < COLUMNS)[None, :]
-    tl.store(target, value.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-class _Tables(NamedTuple):
-    """What `crops` show of the frames; see the kernels for the shapes."""
-
-    columns_first: Tensor
-    columns_weights: Tensor
-    variants: Tensor
-    rows_first: Tensor
-    rows_weights: Tensor
-    row_start: int
-    rows: int  # source rows that any crop reads: [row_start, row_start + rows)
-
-
-@kept(64)  # videos of one size come in runs; saves five host copies each
-def _tables(
-    source: tuple[int, int],
-    target: tuple[int, int],
-    crops: tuple[Crop, ...],
-    side: int,
-    resample: Resample,
-    device: torch.device,
-) -> _Tables:
-    """source and target: (width, height)."""
-    variants = sorted({(x, mirrored) for x, _, mirrored in crops})
-    column_table = resample_table(source[0], target[0], resample)
-    row_table = resample_table(source[1], target[1], resample)
-    columns = [_window(column_table, x, side, mirrored) for x, mirrored in variants]
-    rows = [_window(row_table, y, side, False) for _, y, _ in crops]
-    rows_first = torch.stack([first for first, _ in rows])  # [V, S]
-    rows_weights = torch.stack([weights for _, weights in rows])  # [V, taps, S]
-    used = rows_first[(rows_weights != 0).any(dim=1)]
-    row_start = int(used.min()) if used.numel() else 0
-    row_end = min(int(used.max()) + rows_weights.shape[1], source[1]) if used.numel() else 1
-    return _Tables(
-        torch.stack([first for first, _ in columns]).to(device),
-        torch.stack([weights for _, weights in columns]).to(device),
-        torch.tensor([variants.index((x, m)) for x, _, m in crops], dtype=torch.int32).to(device),
-        (rows_first - row_start).clamp_(min=0).to(device),
-        rows_weights.to(device),
-        row_start,
-        row_end - row_start,
-    )
-
-
-def _window(
-    table: tuple[Tensor, Tensor], start: int, side: int, mirrored: bool
-) -> tuple[Tensor, Tensor]:
-    """The part of a table that a crop sees: first [S], weights [taps, S]; zero outside."""
-    first, weights = table
-    place = torch.arange(start, start + side)
-    place = place.flip(0) if mirrored else place
-    inside = (place >= 0) & (place < len(first))
-    place = place.clamp(0, len(first) - 1)
-    return first[place] * inside, weights[:, place] * inside
-
-
 def cut_crops_triton(
     frames: Tensor,
     crops: Sequence[Crop],
@@ -246,7 +154,7 @@ def _cut_crops(
         return out
     frames = frames if launch.near(frames) else frames.contiguous()
     source = (frames.shape[2], frames.shape[1])
-    tables = _tables(
+    tables = windows(
         source, (width, height), boxes, side, cast("Resample", resample), frames.device
     )
     variants = len(tables.columns_first)
@@ -292,46 +200,4 @@ _cut_crops_op = Operator(
     fake=lambda frames, crops, width, height, side, resample: frames.new_empty(
         frames.shape[0], len(crops) // 3, 3, side, side
     ),
-)
-
-
-def unfold_patches_triton(
-    pixels: Tensor, patch: int, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """`unfold_patches` on the GPU; exact."""
-    return cast("Tensor", _unfold_patches_op(pixels, patch, dtype))
-
-
-def _unfold_patches(pixels: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    shape = _matrix_shape(pixels, patch)
-    out = launch.empty(*shape, dtype=dtype, device=pixels.device)
-    rows, columns = shape[0] * shape[1], shape[2]
-    if rows == 0:
-        return out
-    pixels = pixels if launch.near(pixels) else pixels.contiguous()
-    block = blocks("unfold_patches", pixels.device)
-    steps = ceil_div(rows, block["BLOCK_ROWS"])
-    _unfold[(steps, ceil_div(columns, block["BLOCK_COLUMNS"]))](
-        pixels,
-        out,
-        *pixels.stride(),
-        rows,
-        pixels.shape[2] // patch,
-        pixels.shape[3] // patch,
-        PATCH=patch,
-        COLUMNS=columns,
-        **block,
-    )
-    return out
-
-
-def _matrix_shape(pixels: Tensor, patch: int) -> tuple[int, int, int]:
-    count = (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
-    return pixels.shape[0], count, patch_columns(patch)
-
-
-_unfold_patches_op = Operator(
-    "unfold_patches",
-    _unfold_patches,
-    fake=lambda pixels, patch, dtype: pixels.new_empty(_matrix_shape(pixels, patch), dtype=dtype),
 )

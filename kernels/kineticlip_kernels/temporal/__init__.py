@@ -3,8 +3,10 @@
 from kineticlip_kernels.temporal.ops import (
     MAX_TILE,
     frame_attention,
-    frame_attention_reference,
     frame_reasons,
+)
+from kineticlip_kernels.temporal.reference import (
+    frame_attention_reference,
 )
 
 __all__ = [

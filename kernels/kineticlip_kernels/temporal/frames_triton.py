@@ -4,6 +4,8 @@ A program loads q, k and v of its head, [T, K] each, and has all scores at once:
 maximum, no saved statistics, no second pass, no atomics. Letters: see ops.py.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 import triton
@@ -11,11 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kineticlip_kernels import launch
+from kineticlip_kernels.arithmetic_triton import PRECISION
 from kineticlip_kernels.launch import FusedOp, power_of_two
 from kineticlip_kernels.tuning import blocks
-
-# Of products in fp32: three of 19-bit floats, on tensor cores and as good. 16 bits are exact.
-PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from kineticlip_kernels.dispatch import (
     triton_reasons,
 )
 from kineticlip_kernels.launch import power_of_two
+from kineticlip_kernels.temporal.reference import frame_attention_reference
 
 # T * K, both rounded up to powers of two, by bytes an element: beyond it registers spill, on
 # sm_80 first. 128 frames in 16 bits and 32 in fp32 at K = 64, half of it at 128.
@@ -55,14 +56,6 @@ def frame_attention(qkv: Tensor, *, impl: AttentionImpl = "auto") -> Tensor:
     from kineticlip_kernels.temporal.frames_triton import frame_attention_triton
 
     return frame_attention_triton(qkv)
-
-
-def frame_attention_reference(qkv: Tensor) -> Tensor:
-    """The specification of `frame_attention` in plain PyTorch."""
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, T, K]
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # [B, H, T, T]
-    mixed: Tensor = scores.softmax(dim=-1) @ v  # [B, H, T, K]
-    return mixed.transpose(1, 2)
 
 
 def frame_reasons(impl: str, qkv: Tensor) -> list[str]:

@@ -1,20 +1,17 @@
 """Compiles kernels for GPUs that are not there, and reports what the assembler made of them.
 
-    python aot_compile.py ARCH TABLE CASES.py...
+    python -m kineticlip_kernels.aot.compile_triton ARCH TABLE CASES...
 
 A stand-in driver names the target, launches become compilations, and the ops run on meta tensors:
-what is compiled is what a launch at those shapes would compile. A cases file has CASES, name ->
-function without arguments that runs ops, and KINDS, kernel -> what bounds it: "matrix" products,
-"memory", "stores" (memory, read at odd addresses but written in rows), "bytes" (read and written
-a byte at a time) or "small" (its launch); MIN_ARCH, where there is one, names cases that older
-GPUs cannot run. Prints JSON. Runs in its own process, without TRITON_INTERPRET; aot_checks.py
-starts it and judges what it finds.
+what is compiled is what a launch at those shapes would compile. CASES are modules: see cases/.
+Prints JSON. Runs in its own process, without TRITON_INTERPRET; checks.py starts it and judges what
+it finds.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -106,15 +103,11 @@ class Recorder:
                 module.blocks = blocks  # type: ignore[attr-defined]
 
 
-def load(arch: int, paths: Sequence[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The CASES for arch and KINDS of all files, which must not repeat a case."""
+def load(arch: int, names: Sequence[str]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The CASES for arch and KINDS of all modules, which must not repeat a case."""
     cases: dict[str, Callable[[], Any]] = {}
     kinds: dict[str, str] = {}
-    for path in paths:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    for module in map(importlib.import_module, names):
         assert not cases.keys() & module.CASES.keys()
         oldest = getattr(module, "MIN_ARCH", {})
         cases |= {name: run for name, run in module.CASES.items() if arch >= oldest.get(name, 0)}
@@ -208,18 +201,18 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def compile_all(arch: int, table: str, paths: Sequence[str]) -> dict[str, Any]:
+def compile_all(arch: int, table: str, modules: Sequence[str]) -> dict[str, Any]:
     """{"kernels": reports, "rows": the table rows that were read}."""
     driver.set_active(StandInDriver(arch))
-    cases, kinds = load(arch, paths)
+    cases, kinds = load(arch, modules)
     recorder = Recorder(table)
     recorder.install()
     for recorder.case, run in cases.items():
         recorder.last = ""
         run()
-    entries = list(recorder.kernels.values())
+    found = [(*entry, kinds[entry[1]]) for entry in recorder.kernels.values()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kernels = list(pool.map(lambda entry: report(*entry, kinds[entry[1]]), entries))
+        kernels = list(pool.map(report, *zip(*found, strict=True)))
     return {"kernels": kernels, "rows": sorted(recorder.rows)}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kineticlip_kernels.head.classes_triton import class_cross_entropy_triton, top_classes_triton
+from kineticlip_kernels.head.loss_triton import class_cross_entropy_triton
 from kineticlip_kernels.head.means_triton import mean_normalize_triton, mean_softmax_triton
+from kineticlip_kernels.head.top_triton import top_classes_triton
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> Tensor:
@@ -48,7 +49,7 @@ KINDS = {
     "head.means_triton._mean_forward": "memory",
     "head.means_triton._mean_backward": "memory",
     "head.means_triton._mean_softmax": "memory",
-    "head.classes_triton._log_sum": "matrix",
-    "head.classes_triton._grad_logits": "matrix",
-    "head.classes_triton._top": "matrix",
+    "head.logits_triton._log_sum": "matrix",
+    "head.loss_triton._grad_logits": "matrix",
+    "head.top_triton._top": "matrix",
 }

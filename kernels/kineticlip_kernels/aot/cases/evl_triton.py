@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def sums(clips: int, frames: int, side: int, width: int, dtype: torch.dtype = BF
 def attend(clips: int, frames: int, count: int, width: int, heads: int) -> None:
     """bf16 tokens under fp32 parameters, everything wanted."""
     query, tokens = meta(clips, heads, width, dtype=FP32), meta(clips, frames, count, width)
-    terms = {
+    terms: dict[str, Any] = {
         "conv_weight": meta(width, 1, 3, dtype=FP32),
         "conv_bias": meta(width, dtype=FP32),
         "position": meta(frames, width, dtype=FP32),
@@ -58,11 +60,11 @@ CASES = {
 KINDS = {
     "evl.maps_triton._log_sums": "matrix",
     "evl.maps_triton._maps": "matrix",
-    "evl.maps_triton._grad_q": "matrix",
-    "evl.maps_triton._grad_k": "matrix",
+    "evl.maps_backward_triton._grad_q": "matrix",
+    "evl.maps_backward_triton._grad_k": "matrix",
     "evl.displacement_triton._sums": "matrix",
-    "evl.displacement_triton._grad_maps": "matrix",
-    "evl.displacement_triton._grad_weights": "matrix",
+    "evl.displacement_backward_triton._grad_maps": "matrix",
+    "evl.displacement_backward_triton._grad_weights": "matrix",
     "evl.terms_triton._scores": "memory",
     "evl.tokens_triton._mix": "memory",
     "evl.tokens_backward_triton._gradients": "memory",

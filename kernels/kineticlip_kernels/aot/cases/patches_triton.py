@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kineticlip_kernels.patches.crops_triton import cut_crops_triton, unfold_patches_triton
+from kineticlip_kernels.patches.crops_triton import cut_crops_triton
+from kineticlip_kernels.patches.unfold_triton import unfold_patches_triton
 
 
 def crops(height: int, width: int, side: int) -> None:
@@ -29,5 +30,5 @@ CASES = {
 KINDS = {
     "patches.crops_triton._cut_columns": "bytes",  # its docstring says why, and what that costs
     "patches.crops_triton._cut_rows": "memory",
-    "patches.crops_triton._unfold": "stores",  # runs of 14 bytes in, whole rows of the matrix out
+    "patches.unfold_triton._unfold": "stores",  # runs of 14 bytes in, whole rows of the matrix out
 }

@@ -11,15 +11,16 @@ from kineticlip_kernels.attention import MAX_CLASS_HEADS, MAX_CLASS_WIDTH, MAX_H
 from kineticlip_kernels.attention.class_triton import class_attention_triton
 from kineticlip_kernels.attention.forward_triton import attention_triton
 from kineticlip_kernels.fp8 import FP8, MAX_ROW, Scaled
+from kineticlip_kernels.fp8.linear_triton import linear_fp8_triton
 from kineticlip_kernels.fp8.operands_triton import (
     add_layer_norm_fp8_triton,
     attention_fp8_triton,
     bias_quick_gelu_fp8_triton,
     layer_norm_fp8_triton,
-    linear_fp8_triton,
     quantize_rows_triton,
 )
-from kineticlip_kernels.mlp.gelu_triton import bias_quick_gelu_triton, linear_quick_gelu_triton
+from kineticlip_kernels.mlp.gelu_triton import bias_quick_gelu_triton
+from kineticlip_kernels.mlp.linear_triton import linear_quick_gelu_triton
 from kineticlip_kernels.norm import MAX_WIDTH
 from kineticlip_kernels.norm.norm_triton import add_layer_norm_triton, layer_norm_triton
 
@@ -110,12 +111,12 @@ MIN_ARCH = {"fp8": 89}
 
 KINDS = {
     "fp8.operands_triton._rows": "memory",
-    "fp8.operands_triton._linear": "matrix",
-    "norm.norm_triton._forward": "memory",
-    "norm.norm_triton._backward": "memory",
+    "fp8.linear_triton._linear": "matrix",
+    "norm.forward_triton._forward": "memory",
+    "norm.backward_triton._backward": "memory",
     "mlp.gelu_triton._activate": "memory",
     "mlp.gelu_triton._activate_backward": "memory",
-    "mlp.gelu_triton._linear": "matrix",
+    "mlp.linear_triton._linear": "matrix",
     # No "matrix", which demands HGMMA: one query an image takes 4 H products a token element of 2
     # bytes, 32 FLOP a byte at 16 heads, and an H200 multiplies 200 in the time of one byte. The
     # scores of 32 tokens are under the 64 rows of an HGMMA, and run on HMMA.
