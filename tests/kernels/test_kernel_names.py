@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 import pytest
@@ -57,3 +59,11 @@ assert "triton" not in sys.modules
 def test_nothing_is_imported_before_it_is_asked_for() -> None:
     done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    text = (Path(__file__).parents[2] / "kernels/README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, torch.Tensor] = {}
+    exec(code, names)
+    assert names["stream"].shape == names["normed"].shape == (8, 577, 1024)

@@ -100,7 +100,7 @@ def _tune(args: argparse.Namespace) -> int:
     import torch
 
     from kineticlip_kernels import tune, tuning
-    from kineticlip_kernels.tune_targets import targets
+    from kineticlip_kernels.tune.targets import targets
 
     if not torch.cuda.is_available():
         raise UserError("--tune: PyTorch sees no GPU here")

@@ -105,7 +105,7 @@ def _backward(
         for start in range(0, length, BLOCK_N):
             y = load_tile(base, start, length, token_stride, D, BLOCK_D, BLOCK_N)
             scores = tl.dot(y, query.T, input_precision="ieee") * LOG2  # [n, H]
-            # Tokens behind the end: see backward_triton.py.
+            # Tokens behind the end: see backward_queries_triton.py.
             known = (start + tl.arange(0, BLOCK_N) < length)[:, None]
             weights = tl.where(known, tl.exp2(scores - lse[None, :]), 0.0)
             grad_weights = tl.dot(y, grad.T, input_precision="ieee")

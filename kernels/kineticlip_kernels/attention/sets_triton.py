@@ -50,6 +50,33 @@ def store_tile(
     tl.store(place, tile.to(ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def load_queries(
+    q_ptr,  # that of the image and head
+    grad_ptr,  # that of all, as are the next two
+    lse_ptr,
+    delta_ptr,
+    image,
+    head,
+    first,
+    q_token_stride,
+    N,
+    H,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """q and d out [BLOCK_M, BLOCK_K], log sums and deltas [BLOCK_M] of tokens first.. of a head."""
+    q = load_tile(q_ptr, first, N, q_token_stride, K, BLOCK_K, BLOCK_M)
+    grad = load_tile(grad_ptr + image * N * H * K + head * K, first, N, H * K, K, BLOCK_K, BLOCK_M)
+    token = first + tl.arange(0, BLOCK_M)
+    statistics = (image * H + head) * N + token
+    # Rows behind the end get weight 2^-inf = 0.
+    lse = tl.load(lse_ptr + statistics, mask=token < N, other=float("inf"))
+    delta = tl.load(delta_ptr + statistics, mask=token < N, other=0.0)
+    return q, grad, lse, delta
+
+
 def key_sets(
     qkv: Tensor, flat: Sequence[Tensor | None]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kineticlip_kernels import launch
 from kineticlip_kernels.arithmetic_triton import PRECISION
 from kineticlip_kernels.evl.terms_triton import (
+    Terms,
     frame_tile,
     launch_scores,
     normalised,
@@ -27,6 +28,45 @@ from kineticlip_kernels.evl.terms_triton import (
 )
 from kineticlip_kernels.launch import ceil_div, power_of_two
 from kineticlip_kernels.tuning import blocks
+
+
+@triton.jit
+def _store_gradients(
+    grad_f, motion_ptr, f_ptr, image, token, column, valid, count, C: tl.constexpr
+):
+    """One tile of df to where it is wanted: the gradient of the motion, and of f itself."""
+    if motion_ptr is not None:
+        target = motion_ptr + image * (count - 1) * C
+        value = grad_f.to(motion_ptr.dtype.element_ty)
+        moved = valid & (token > 0)[:, None]
+        tl.store(target + (token - 1)[:, None] * C + column[None, :], value, mask=moved)
+    if f_ptr is not None:
+        target = f_ptr + image * count * C
+        tl.store(target + token[:, None] * C + column[None, :], grad_f, mask=valid)
+
+
+@triton.jit
+def _tap_sums(grad_f, tokens_ptr, strides, image, token, column, valid, frames):
+    """Sums over a tile's tokens of df times the frame before, this one and the one after."""
+    stride_t, stride_n = strides[1], strides[2]
+    frame = image % frames
+    source = tokens_ptr + image // frames * strides[0] + frame * stride_t
+    x = frame_tile(source, token, column, stride_n, valid)
+    centre = tl.sum(grad_f * x, axis=0)
+    x = frame_tile(source - stride_t, token, column, stride_n, valid & (frame > 0))
+    before = tl.sum(grad_f * x, axis=0)
+    x = frame_tile(source + stride_t, token, column, stride_n, valid & (frame < frames - 1))
+    return before, centre, tl.sum(grad_f * x, axis=0)
+
+
+@triton.jit
+def _store_terms(ptr, image, column, before, centre, after, added, C: tl.constexpr):
+    """Three taps, then everything added to f, of one frame."""
+    ptr += image * 4 * C
+    tl.store(ptr + column, before, mask=column < C)
+    tl.store(ptr + C + column, centre, mask=column < C)
+    tl.store(ptr + 2 * C + column, after, mask=column < C)
+    tl.store(ptr + 3 * C + column, added, mask=column < C)
 
 
 @triton.jit
@@ -53,7 +93,6 @@ def _gradients(
 ):
     """df = (dz - mean(dz) - z mean(dz z)) / std, and what follows from it per channel."""
     image = tl.program_id(0).to(tl.int64)
-    frame = image % frames
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     line = tl.arange(0, BLOCK_R)
     inside = (line < doubled)[:, None] & (column < C)[None, :]
@@ -79,34 +118,18 @@ def _gradients(
         grad_z = tl.dot(weight, rows, input_precision=PRECISION)
         grad_f = (grad_z - shift[:, None] - z * projection[:, None]) * rstd[:, None]
         valid = (token < count)[:, None] & (column < C)[None, :]
-        if grad_motion_ptr is not None:
-            target = grad_motion_ptr + image * (count - 1) * C
-            value = grad_f.to(grad_motion_ptr.dtype.element_ty)
-            moved = valid & (token > 0)[:, None]
-            tl.store(target + (token - 1)[:, None] * C + column[None, :], value, mask=moved)
-        if grad_f_ptr is not None:
-            target = grad_f_ptr + image * count * C
-            tl.store(target + token[:, None] * C + column[None, :], grad_f, mask=valid)
+        _store_gradients(grad_f, grad_motion_ptr, grad_f_ptr, image, token, column, valid, count, C)
         if grad_terms_ptr is not None:
             added += tl.sum(tl.where(valid, grad_f, 0.0), axis=0)
             if terms[1] is not None:
-                stride_t, stride_n = strides[1], strides[2]
-                source = terms[0] + image // frames * strides[0] + frame * stride_t
-                x = frame_tile(source, token, column, stride_n, valid)
-                centre += tl.sum(grad_f * x, axis=0)
-                x = frame_tile(source - stride_t, token, column, stride_n, valid & (frame > 0))
-                before += tl.sum(grad_f * x, axis=0)
-                later = valid & (frame < frames - 1)
-                x = frame_tile(source + stride_t, token, column, stride_n, later)
-                after += tl.sum(grad_f * x, axis=0)
+                taps = _tap_sums(grad_f, terms[0], strides, image, token, column, valid, frames)
+                before += taps[0]
+                centre += taps[1]
+                after += taps[2]
     place = (image * doubled + line)[:, None] * C + column[None, :]
     tl.store(grad_rows_ptr + place, grad_rows, mask=inside)
     if grad_terms_ptr is not None:
-        grad_terms_ptr += image * 4 * C
-        tl.store(grad_terms_ptr + column, before, mask=column < C)
-        tl.store(grad_terms_ptr + C + column, centre, mask=column < C)
-        tl.store(grad_terms_ptr + 2 * C + column, after, mask=column < C)
-        tl.store(grad_terms_ptr + 3 * C + column, added, mask=column < C)
+        _store_terms(grad_terms_ptr, image, column, before, centre, after, added, C)
 
 
 @triton.jit
@@ -151,7 +174,10 @@ def attend_tokens_backward(
     grad: Tensor,
     eps: float,
 ) -> list[Tensor]:
-    clips, frames, count, width = tokens.shape
+    """-> gradients of the six inputs, empty where there is none or no wish for it.
+
+    Parameters as torch.library wants them, each tensor by itself.
+    """
     terms = term_arguments(tokens, conv_weight, conv_bias, position, motion)
     grad = grad.float()
     upper = launch_scores(terms, grad, eps)[0].flatten(1, 2)  # dmixed . z, [B, T * N, Q]
@@ -161,8 +187,38 @@ def attend_tokens_backward(
     both = torch.cat([weights, slopes], dim=2)  # [B, T * N, R]
     rows = torch.cat([grad, query.float()], dim=1)  # [B, R, C]
     shift = (both @ rows.mean(dim=2, keepdim=True)).squeeze(2)  # [B, T * N]
-    projection = (weights * upper + slopes * scores).sum(dim=2) / width
-    doubled, images, device = both.shape[2], clips * frames, tokens.device
+    projection = (weights * upper + slopes * scores).sum(dim=2) / tokens.shape[3]
+    statistics = (mean, rstd, shift, projection)
+    grad_rows, grad_terms, grad_f, grad_motion = _launch_gradients(
+        flags, terms, both, rows, statistics
+    )
+    by_frame = grad_rows.unflatten(0, tokens.shape[:2])  # [B, T, R, C]
+    grad_query = by_frame[:, :, query.shape[1] :].sum(dim=1).to(query.dtype)
+    grad_tokens = tokens.new_empty(0)
+    if flags[1]:
+        grad_tokens = _launch_grad_tokens(grad_f, conv_weight, tokens.dtype)
+    by_frame = grad_terms.unflatten(0, tokens.shape[:2])  # [B, T, 4, C]
+    sums = (
+        by_frame[:, :, :3].sum(dim=(0, 1)).t().unsqueeze(1),
+        by_frame[:, :, 3].sum(dim=(0, 1)),
+        by_frame[:, :, 3].sum(dim=0),
+    )
+    given = [
+        tokens.new_empty(0) if term is None or not wanted else value.to(term.dtype).contiguous()
+        for term, wanted, value in zip(
+            (conv_weight, conv_bias, position), flags[2:5], sums, strict=True
+        )
+    ]
+    return [grad_query, grad_tokens, *given, grad_motion]
+
+
+def _launch_gradients(
+    flags: list[bool], terms: Terms, both: Tensor, rows: Tensor, statistics: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> the four outputs of `_gradients`, the last two empty where nobody wants them."""
+    tokens, motion = terms[0], terms[4]
+    clips, frames, count, width = tokens.shape
+    images, doubled, device = clips * frames, both.shape[2], tokens.device
     fp32 = torch.float32
     grad_rows = launch.empty(images, doubled, width, dtype=fp32, device=device)
     grad_terms = launch.empty(images, 4, width, dtype=fp32, device=device)
@@ -176,15 +232,12 @@ def attend_tokens_backward(
             terms,
             both,
             rows,
-            mean,
-            rstd,
-            shift,
-            projection,
+            *statistics,
             grad_rows,
             grad_terms if any(flags[2:5]) else None,
             grad_motion if flags[5] else None,
             grad_f if flags[1] else None,
-            terms[0].stride()[:3],
+            tokens.stride()[:3],
             frames,
             count,
             doubled,
@@ -192,21 +245,7 @@ def attend_tokens_backward(
             BLOCK_R=max(power_of_two(doubled), 16),
             **block,
         )
-    grad_query = grad_rows.unflatten(0, (clips, frames))[:, :, doubled // 2 :].sum(dim=1)
-    found = [grad_query.to(query.dtype), tokens.new_empty(0)]
-    if flags[1]:
-        found[1] = _launch_grad_tokens(grad_f, conv_weight, tokens.dtype)
-    by_frame = grad_terms.unflatten(0, (clips, frames))  # [B, T, 4, C]
-    for term, wanted, value in (
-        (conv_weight, flags[2], by_frame[:, :, :3].sum(dim=(0, 1)).t().unsqueeze(1)),
-        (conv_bias, flags[3], by_frame[:, :, 3].sum(dim=(0, 1))),
-        (position, flags[4], by_frame[:, :, 3].sum(dim=0)),
-    ):
-        if term is None or not wanted:
-            found.append(tokens.new_empty(0))
-        else:
-            found.append(value.to(term.dtype).contiguous())
-    return [*found, grad_motion]
+    return grad_rows, grad_terms, grad_f, grad_motion
 
 
 def _launch_grad_tokens(grad_f: Tensor, conv_weight: Tensor | None, dtype: torch.dtype) -> Tensor:

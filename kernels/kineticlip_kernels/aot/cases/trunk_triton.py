@@ -124,6 +124,6 @@ KINDS = {
     "attention.class_triton._backward": "memory",
     "attention.forward_triton._forward": "matrix",
     "attention.backward_triton._delta": "memory",
-    "attention.backward_triton._backward_keys": "matrix",
-    "attention.backward_triton._backward_queries": "matrix",
+    "attention.backward_keys_triton._backward_keys": "matrix",
+    "attention.backward_queries_triton._backward_queries": "matrix",
 }

@@ -1,7 +1,7 @@
 """Finds the fastest block sizes of each kernel on one GPU: the content of configs/<gpu>.json.
 
 A target is one row of a kernel's table, run at an engine shape that the row covers; the row keeps
-its conditions and takes the meta-parameters of the fastest candidate. tune_targets.py lists them.
+its conditions and takes the meta-parameters of the fastest candidate. targets.py lists them.
 """
 
 from __future__ import annotations
