@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -161,6 +162,11 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def triton_installed() -> bool:
     """Whether `import triton` would find something; imports nothing."""
     return TRITON_INSTALLED
@@ -174,13 +180,13 @@ def interpreting() -> bool:
 def interpreter_repaired() -> bool:
     """Whether somebody replaced how Triton's interpreter casts.
 
-    The stock one (Triton 3.6) takes bf16 for 16-bit integers, without a word.
+    The stock one (Triton 3.6) takes bf16 for 16-bit integers, without a word. Imports nothing:
+    what was never imported was never replaced.
     """
-    if not TRITON_INSTALLED:
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
         return False
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    return bool(InterpreterBuilder.cast_impl.__module__ != "triton.runtime.interpreter")
+    return bool(interpreter.InterpreterBuilder.cast_impl.__module__ != interpreter.__name__)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,7 +1,9 @@
-"""The matrix product that mlp_triton.py and fp8_triton.py put their epilogues behind.
+"""The matrix product that mlp and fp8 put their epilogues behind.
 
 Shape letters: R rows, D width in, F width out.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 

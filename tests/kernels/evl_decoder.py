@@ -1,4 +1,4 @@
-"""EVL's decoder written on the three ops of evl.py, under the official parameter names.
+"""EVL's decoder on the three ops of kineticlip_kernels.evl, under the official parameter names.
 
 For the tests against recorded outputs of the official code, and for the benchmark.
 """

@@ -86,7 +86,9 @@ def test_plain_faces(sources: Sequence[tuple[int, int]], dtype: torch.dtype) -> 
 
 
 def test_chunks_of_heads_cover_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kineticlip_kernels.attention.CHUNK", 2 * 9 * 9)  # two heads a chunk
+    monkeypatch.setattr(
+        "kineticlip_kernels.attention.torch_faces.CHUNK", 2 * 9 * 9
+    )  # two heads a chunk
     qkv = randn(1, 9, 3, 5, 8, grad=False)
     check(attention_reference, attention_chunked, qkv=qkv)
 

@@ -68,10 +68,10 @@ import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
 import importlib, json, pkgutil, torch, kineticlip_kernels
-names = [m.name for m in pkgutil.iter_modules(kineticlip_kernels.__path__)]
-plain = [name for name in names if not name.endswith("_triton")]
+modules = pkgutil.walk_packages(kineticlip_kernels.__path__, "kineticlip_kernels.")
+plain = [m.name for m in modules if not m.name.endswith("_triton")]
 for name in plain:
-    importlib.import_module("kineticlip_kernels." + name)
+    importlib.import_module(name)
 from kineticlip_kernels.norm import layer_norm
 y = layer_norm(torch.ones(2, 4), torch.ones(4), torch.zeros(4))
 try:
@@ -87,7 +87,8 @@ def test_everything_but_the_kernels_works_without_triton() -> None:
     )
     assert done.returncode == 0, done.stderr
     modules, total, message = json.loads(done.stdout)
-    assert {"norm", "mlp", "attention", "fp8", "patches", "head"} <= set(modules)
+    rooms = {"norm", "mlp", "attention", "fp8", "patches", "head"}
+    assert {f"kineticlip_kernels.{room}" for room in rooms} <= set(modules)
     assert total == 0.0
     assert message.startswith("layer_norm: impl='triton' cannot run: triton is not installed")
 

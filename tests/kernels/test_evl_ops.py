@@ -11,7 +11,6 @@ import torch
 from kernel_rig import BF16, DEVICE, FP16, FP32, MATRIX, check, on_gpu, randn, strided
 from torch import Tensor
 
-from kineticlip_kernels import evl_displacement_triton, evl_maps_triton, evl_triton
 from kineticlip_kernels.dispatch import UnsupportedInput
 from kineticlip_kernels.evl import (
     EvlImpl,
@@ -19,9 +18,12 @@ from kineticlip_kernels.evl import (
     attend_tokens_reference,
     displacement,
     displacement_reference,
+    displacement_triton,
+    maps_triton,
     neighbour_maps,
     neighbour_maps_reference,
     offsets,
+    tokens_triton,
 )
 from kineticlip_kernels.examples import examples
 
@@ -237,10 +239,10 @@ def test_operators_under_torch_compile() -> None:
 
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     opcheck = partial(torch.library.opcheck, test_utils=checks)
-    opcheck(evl_maps_triton._neighbour_maps.operator, (q, k))
-    opcheck(evl_displacement_triton._displacement.operator, (maps_of(1, 2, 4), *pair, 2, 2))
+    opcheck(maps_triton._neighbour_maps.operator, (q, k))
+    opcheck(displacement_triton._displacement.operator, (maps_of(1, 2, 4), *pair, 2, 2))
     arguments = (query, tokens, *terms.values(), None, 1e-5)
-    opcheck(evl_triton._attend_tokens.operator, arguments)
+    opcheck(tokens_triton._attend_tokens.operator, arguments)
 
 
 def test_what_cannot_run_says_why() -> None:

@@ -11,8 +11,7 @@ from kernel_rig import BF16, FP16, FP32
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kineticlip_kernels import attention as attention_module
-from kineticlip_kernels.attention import attention_reasons, choose_attention
+from kineticlip_kernels.attention import MAX_SOURCES, attention_reasons, choose_attention
 from kineticlip_kernels.dispatch import UnsupportedInput, choose, matrix_reasons, triton_reasons
 from kineticlip_kernels.temporal import frame_reasons
 
@@ -66,7 +65,7 @@ def test_products_in_fp32_run_on_pytorch_and_say_why() -> None:
 def test_attention(dtype: torch.dtype, sources: int, face: str) -> None:
     qkv, pairs = tensor(8, 577, 3, 16, 64, dtype=dtype), [source(dtype)] * sources
     assert choose_attention(qkv, pairs, "auto") == face
-    if dtype == FP32 or sources > attention_module.MAX_SOURCES:
+    if dtype == FP32 or sources > MAX_SOURCES:
         with pytest.raises(UnsupportedInput, match=r"attention: impl='triton' cannot run: "):
             choose_attention(qkv, pairs, "triton")
     else:

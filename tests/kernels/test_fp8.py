@@ -12,7 +12,6 @@ from kernel_rig import BF16, DEVICE, DTYPES, FP32, randn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kineticlip_kernels import fp8_triton
 from kineticlip_kernels.attention import attention_reference
 from kineticlip_kernels.dispatch import UnsupportedInput, recorded_choices
 from kineticlip_kernels.fp8 import (
@@ -26,6 +25,7 @@ from kineticlip_kernels.fp8 import (
     layer_norm_fp8,
     linear_fp8,
     linear_fp8_reference,
+    linear_triton,
     quantize_rows,
     quantize_rows_reference,
     value_scale,
@@ -246,7 +246,7 @@ class TestOnStandInsOfGpuTensors:
             linear_fp8(x, weight, row, dtype=dtype, impl="scaled_mm")
         assert reason in str(caught.value)
         launched = self.tensor(4, 48, dtype=dtype)
-        monkeypatch.setattr(fp8_triton, "linear_fp8_triton", lambda *given, **named: launched)
+        monkeypatch.setattr(linear_triton, "linear_fp8_triton", lambda *given, **named: launched)
         with recorded_choices() as choices:
             assert linear_fp8(x, weight, row, dtype=dtype) is launched
         assert (choices[0].face, choices[0].why_not) == ("triton", (reason,))

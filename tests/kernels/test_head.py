@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from kernel_rig import BF16, DEVICE, DTYPES, FP32, check, on_gpu, randn, strided
 from torch import Tensor
 
-from kineticlip_kernels import head_classes_triton, head_triton
 from kineticlip_kernels.dispatch import UnsupportedInput
 from kineticlip_kernels.head import (
     IGNORED,
     class_cross_entropy,
     class_cross_entropy_reference,
+    loss_triton,
     mean_normalize,
     mean_normalize_reference,
     mean_softmax,
     mean_softmax_reference,
+    means_triton,
     top_classes,
     top_classes_reference,
+    top_triton,
 )
 
 mean_normalize_face = partial(mean_normalize, impl="triton")
@@ -87,7 +89,7 @@ def test_class_cross_entropy(count: int, classes: int, width: int, dtype: torch.
 
 
 def test_class_cross_entropy_works_through_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_classes_triton, "CHUNK", 16)
+    monkeypatch.setattr(loss_triton, "CHUNK", 16)
     inputs = {"x": rows(4, 24), "classes": rows(41, 24, seed=1), "labels": labels(4, 41)}
     check(
         class_cross_entropy_reference,
@@ -202,12 +204,12 @@ def test_operators_under_torch_compile() -> None:
     expected = torch.autograd.grad(loss(*inputs), inputs)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
-    torch.library.opcheck(head_triton._mean_normalize.operator, (x,))
+    torch.library.opcheck(means_triton._mean_normalize.operator, (x,))
     arguments = (rows(3, 16), classes, target, scale)
-    torch.library.opcheck(head_classes_triton._class_cross_entropy.operator, arguments)
+    torch.library.opcheck(loss_triton._class_cross_entropy.operator, arguments)
     arguments = (rows(2, 2, 16, grad=False), classes.detach(), 2, 10.0)
-    torch.library.opcheck(head_classes_triton._top_classes_op.operator, arguments)
-    torch.library.opcheck(head_triton._mean_softmax_op.operator, (randn(2, 3, 5, grad=False),))
+    torch.library.opcheck(top_triton._top_classes_op.operator, arguments)
+    torch.library.opcheck(means_triton._mean_softmax_op.operator, (randn(2, 3, 5, grad=False),))
 
 
 def test_what_cannot_run_says_why() -> None:

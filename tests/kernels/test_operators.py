@@ -19,18 +19,18 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.jit import KernelInterface
 
 import kineticlip_kernels
-from kineticlip_kernels import (
-    attention_triton,
-    class_attention_triton,
-    fp8_triton,
-    launch,
-    mlp_triton,
-    norm_triton,
+from kineticlip_kernels import launch
+from kineticlip_kernels.attention import (
+    attention,
+    class_attention,
+    class_triton,
+    forward_triton,
 )
-from kineticlip_kernels.attention import attention, class_attention
 from kineticlip_kernels.examples import examples
-from kineticlip_kernels.mlp import bias_quick_gelu, linear_quick_gelu
-from kineticlip_kernels.norm import add_layer_norm, layer_norm
+from kineticlip_kernels.fp8 import linear_triton as fp8_linear
+from kineticlip_kernels.fp8 import operands_triton
+from kineticlip_kernels.mlp import bias_quick_gelu, gelu_triton, linear_quick_gelu, linear_triton
+from kineticlip_kernels.norm import add_layer_norm, layer_norm, norm_triton
 
 randn = partial(any_randn, dtype=MATRIX)
 WEIGHT, BIAS = randn(24, seed=2), randn(24, seed=3)
@@ -46,17 +46,17 @@ OPERATORS = {
         norm_triton._add_layer_norm,
         [*operands((3, 24), (3, 24)), WEIGHT, BIAS, 1e-5],
     ),
-    "bias_quick_gelu": (mlp_triton._bias_quick_gelu, [*operands((3, 24)), BIAS]),
+    "bias_quick_gelu": (gelu_triton._bias_quick_gelu, [*operands((3, 24)), BIAS]),
     "linear_quick_gelu": (
-        mlp_triton._linear_quick_gelu,
+        linear_triton._linear_quick_gelu,
         [*operands((3, 16), (24, 16)), BIAS, True],
     ),
     "attention": (
-        attention_triton._attention,
+        forward_triton._attention,
         [*operands((2, 3, 3, 1, 8), (1, 2, 1, 8), (1, 2, 1, 8)), *[None] * 6],
     ),
     "class_mix": (
-        class_attention_triton._class_mix,
+        class_triton._class_mix,
         [*operands((2, 2, 8), (2, 3, 8), (1, 2, 8)), *[None] * 3],
     ),
 }
@@ -67,13 +67,13 @@ ONES = torch.ones(3, device=DEVICE)
 PARAMETERS = [WEIGHT.detach(), BIAS.detach()]
 ROW, QKV, KEY = (randn(*shape, grad=False) for shape in ((3, 24), (2, 3, 3, 1, 8), (1, 2, 1, 8)))
 INFERENCE = {
-    "quantize_rows": (fp8_triton._quantize_rows, [ROW]),
-    "layer_norm_fp8": (fp8_triton._layer_norm, [ROW, *PARAMETERS, 1e-5]),
-    "add_layer_norm_fp8": (fp8_triton._add_layer_norm, [ROW, ROW, *PARAMETERS, 1e-5]),
-    "bias_quick_gelu_fp8": (fp8_triton._bias_quick_gelu, [ROW, PARAMETERS[1]]),
-    "attention_fp8": (fp8_triton._attention, [QKV, [KEY], [KEY], ONES[:2]]),
+    "quantize_rows": (operands_triton._quantize_rows, [ROW]),
+    "layer_norm_fp8": (operands_triton._layer_norm, [ROW, *PARAMETERS, 1e-5]),
+    "add_layer_norm_fp8": (operands_triton._add_layer_norm, [ROW, ROW, *PARAMETERS, 1e-5]),
+    "bias_quick_gelu_fp8": (operands_triton._bias_quick_gelu, [ROW, PARAMETERS[1]]),
+    "attention_fp8": (operands_triton._attention, [QKV, [KEY], [KEY], ONES[:2]]),
     "linear_fp8": (
-        fp8_triton._linear_op,
+        fp8_linear._linear_op,
         [EIGHT, ONES, EIGHT, ONES, None, torch.bfloat16],
     ),
 }
@@ -158,9 +158,9 @@ def assert_same(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> No
 
 FUSED = [
     value
-    for module in pkgutil.iter_modules(kineticlip_kernels.__path__)
+    for module in pkgutil.walk_packages(kineticlip_kernels.__path__, "kineticlip_kernels.")
     if module.name.endswith("_triton")
-    for value in vars(importlib.import_module(f"kineticlip_kernels.{module.name}")).values()
+    for value in vars(importlib.import_module(module.name)).values()
     if isinstance(value, launch.FusedOp)
 ]
 

@@ -11,17 +11,20 @@ from kernel_rig import BF16, DEVICE, DTYPES, FP32, on_gpu
 from patch_inputs import CROPS, noise
 from torch import Tensor
 
-from kineticlip_kernels import patches, patches_triton
 from kineticlip_kernels.dispatch import UnsupportedInput
 from kineticlip_kernels.patches import (
     Resample,
+    crops_triton,
     cut_crops,
     cut_crops_reference,
     fold_patch_embedding,
     patch_columns,
+    reference,
+    resample,
     resample_table,
     unfold_patches,
     unfold_patches_reference,
+    unfold_triton,
 )
 
 
@@ -140,9 +143,9 @@ def test_operators_under_torch_compile() -> None:
     compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(frames), chain(frames))
     arguments = (frames, [1, 0, 1], 10, 9, 8, "bicubic")
-    torch.library.opcheck(patches_triton._cut_crops_op.operator, arguments)
+    torch.library.opcheck(crops_triton._cut_crops_op.operator, arguments)
     arguments = (noise(2, 3, 8, 8), 4, BF16)
-    torch.library.opcheck(patches_triton._unfold_patches_op.operator, arguments)
+    torch.library.opcheck(unfold_triton._unfold_patches_op.operator, arguments)
 
 
 def test_reference_under_torch_compile() -> None:
@@ -155,14 +158,14 @@ def test_reference_under_torch_compile() -> None:
         compiled = torch.compile(cut, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(frames), cut(frames))
     for axis in (1, 2):
-        torch.library.opcheck(patches._resample_op.operator, (planar, axis, 7, "bilinear"))
+        torch.library.opcheck(reference._resample_op.operator, (planar, axis, 7, "bilinear"))
 
 
 def test_reference_copies_nothing_from_the_host_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = noise(1, 17, 15, 3)
     cut = partial(cut_crops_reference, frames, [(1, 0, True)], width=11, height=9, side=8)
     expected = cut()
-    monkeypatch.setattr(patches, "resample_table", None)  # which makes tables on the host
+    monkeypatch.setattr(resample, "resample_table", None)  # which makes tables on the host
     assert torch.equal(cut(), expected)
     if DEVICE == "cuda":
         graph = torch.cuda.CUDAGraph()

@@ -7,9 +7,9 @@ from kernel_rig import DEVICE, randn
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from kineticlip_kernels import patches_triton
 from kineticlip_kernels.evl import displacement, offsets
 from kineticlip_kernels.patches import resample_table
+from kineticlip_kernels.patches.windows import windows
 
 HERE = torch.device(DEVICE)
 
@@ -33,11 +33,11 @@ def test_tables_are_made_once_as_ordinary_tensors() -> None:
         made = [
             offsets((2, 9), HERE),
             *resample_table(61, 19, "bicubic"),
-            patches_triton._tables((61, 61), (19, 19), crops, 9, "bicubic", HERE).rows_weights,
+            windows((61, 61), (19, 19), crops, 9, "bicubic", HERE).rows_weights,
         ]
     assert not any(table.is_inference() for table in made)
     assert offsets((2, 9), HERE) is made[0]
-    assert patches_triton._tables((61, 61), (19, 19), crops, 9, "bicubic", HERE)[4] is made[3]
+    assert windows((61, 61), (19, 19), crops, 9, "bicubic", HERE)[4] is made[3]
 
 
 def test_a_table_first_used_on_fake_tensors_is_not_kept() -> None:

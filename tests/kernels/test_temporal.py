@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from kernel_rig import BF16, DTYPES, FP32, check, on_gpu, randn, strided
 
-from kineticlip_kernels import temporal_triton
 from kineticlip_kernels.dispatch import UnsupportedInput
-from kineticlip_kernels.temporal import frame_attention, frame_attention_reference
+from kineticlip_kernels.temporal import frame_attention, frame_attention_reference, frames_triton
 
 face = partial(frame_attention, impl="triton")
 
@@ -59,7 +58,7 @@ def test_operator_under_torch_compile() -> None:
     (found,) = torch.autograd.grad(compiled(qkv).square().sum(), qkv)
     (expected,) = torch.autograd.grad(face(qkv).square().sum(), qkv)
     assert torch.allclose(found, expected, atol=1e-6)
-    torch.library.opcheck(temporal_triton._frame_attention.operator, (qkv,))
+    torch.library.opcheck(frames_triton._frame_attention.operator, (qkv,))
 
 
 def test_what_cannot_run_says_why() -> None:

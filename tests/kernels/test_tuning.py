@@ -9,7 +9,8 @@ from kernel_rig import DEVICE
 
 from kineticlip_kernels import tuning
 from kineticlip_kernels.tune import Target
-from kineticlip_kernels.tune_targets import Sizes, targets
+from kineticlip_kernels.tune.shapes import Sizes
+from kineticlip_kernels.tune.targets import targets
 
 TINY = Sizes(frames=3, side=3, width=32, heads=2, clips=2, views=2, videos=3, classes=5, names=9,
              pixels=(12, 20), crop=12)  # fmt: skip

@@ -66,9 +66,9 @@ def _source(file: str) -> Path:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    command = [sys.executable, str(_source("tests/kernels/aot_checks.py"))]
-    done = subprocess.run([*command, *(["--json"] if args.json else [])], check=False)
-    return 0 if done.returncode == 0 else 1
+    from kineticlip_kernels.aot.report import report
+
+    return report(as_json=args.json)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -101,7 +101,7 @@ def _tune(args: argparse.Namespace) -> int:
 
     from kineticlip.runtime.files import write_atomic
     from kineticlip_kernels import tune, tuning
-    from kineticlip_kernels.tune_targets import targets
+    from kineticlip_kernels.tune.targets import targets
 
     if not torch.cuda.is_available():
         raise UserError("--tune: PyTorch sees no GPU here")
