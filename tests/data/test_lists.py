@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -331,8 +332,8 @@ def test_a_few_shot_list_of_stretches_holds_the_stretches(write, tmp_path: Path)
     ],
 )
 def test_what_no_line_says_is_refused_by_name(entry: Entry) -> None:
-    with pytest.raises(UserError, match=f"{entry.name!r}: no line of a list can say"):
-        list_text([Entry("fine.mp4", "x", 0), entry])
+    with pytest.raises(UserError, match=re.escape(f"{entry.name!r}: no line")):
+        list_text([entry])
 
 
 def test_lists_are_written_as_they_are_read() -> None:

@@ -12,7 +12,7 @@ from open_clip import pretrained
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kineticlip.config import Config, load_config
+from kineticlip.config import Config, load_config, override
 from kineticlip.data.lists import read_list
 from kineticlip.data.scoring_loader import views_of
 from kineticlip.data.statistics import CLIP_STATISTICS, PixelStatistics
@@ -86,9 +86,11 @@ def test_scores_are_taken_with_the_weights_own_statistics(method: str, tmp_path:
     listing = moving_clips(tmp_path, 2)
     assert statistics_of(METHODS[method].build(settings(method), NAMES)) == HALF
     path = str(trained(method, tmp_path))
-    pairs = [f"data.val_list={listing}", f"data.val_root={tmp_path}"]
-    config = load_config(None, [*SETTINGS, f"method={method}", f"model.weights={path}", *pairs])
-    recognizer = load_recognizer(with_weights(config_of(path), path), NAMES, device=CPU)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join(NAMES))
+    pairs = [f"data.val_list={listing}", f"data.val_root={tmp_path}", f"data.labels={labels}"]
+    config = override(with_weights(config_of(path), path), pairs)
+    recognizer = load_recognizer(config, NAMES, device=CPU)
     entries = read_list(listing, tmp_path).entries
 
     def scored(statistics: PixelStatistics) -> torch.Tensor:
@@ -98,12 +100,6 @@ def test_scores_are_taken_with_the_weights_own_statistics(method: str, tmp_path:
             return METHODS[method].score(recognizer.model, views, 16)
 
     expected = scored(HALF)
-    labels = tmp_path / "labels.txt"
-    labels.write_text("\n".join(NAMES))
-    config = load_config(
-        None,
-        [*SETTINGS, f"method={method}", f"model.weights={path}", *pairs, f"data.labels={labels}"],
-    )
     evaluate_list(config, tmp_path / "out", ListOptions(keep_scores=True, quiet=True, thumbnails=1))
     found = load_file(tmp_path / "out" / "scores.safetensors")["scores"]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
