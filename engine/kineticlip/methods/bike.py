@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from kineticlip.config import Config
 from kineticlip.data.batch import VideoViews
-from kineticlip.methods.contrastive import class_tokens, online_tower
+from kineticlip.methods.contrastive import class_tokens
 from kineticlip.methods.head import average_views, kernels_of, own_loss, unit_means
 from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, cost, param_groups, video_model
+from kineticlip.methods.text_side import online_tower
 from kineticlip.methods.trunk import FrozenTensors, apply_header, encode_frames, encode_views
 from kineticlip.models.text import BATCH, encode_tokens
 from kineticlip_kernels.head import mean_softmax

@@ -27,6 +27,7 @@ from kineticlip.methods.method import Method
 from kineticlip.methods.nce import gather, matching_loss
 from kineticlip.methods.text4vis import TEST_SCALE, VideoCLIP, video_model
 from kineticlip.methods.text4vis import cost as text4vis_cost
+from kineticlip.methods.text_side import adopt_text_tower, online_tower
 from kineticlip.methods.trunk import (
     FrozenTensors,
     apply_header,
@@ -35,10 +36,10 @@ from kineticlip.methods.trunk import (
     two_rates,
 )
 from kineticlip.models.architectures import Architecture
-from kineticlip.models.classifier import build_classifier, text_weights
+from kineticlip.models.classifier import build_classifier
 from kineticlip.models.cost import Part, with_training
 from kineticlip.models.prompts import expand_templates, render
-from kineticlip.models.text import BATCH, encode_text, text_tower, tokenize
+from kineticlip.models.text import BATCH, encode_text, tokenize
 from kineticlip.models.weights import Weights
 from kineticlip.runtime.errors import UserError
 
@@ -49,6 +50,8 @@ class ContrastiveCLIP(nn.Module):
     Parameter names are the official ones, the text tower's at the root. tower: open_clip's text
     transformer, and tokens [C, n] of the classes' sentences; or rows [C, E], frozen features.
     """
+
+    text_projection: Tensor
 
     def __init__(
         self,
@@ -71,12 +74,7 @@ class ContrastiveCLIP(nn.Module):
         else:
             assert tokens is not None
             frozen["tokens"] = tokens
-            frozen["attn_mask"] = tower.attn_mask
-            self.token_embedding = tower.token_embedding
-            self.positional_embedding = tower.positional_embedding
-            self.transformer = tower.transformer
-            self.ln_final = tower.ln_final
-            self.text_projection = tower.text_projection
+            frozen["attn_mask"] = adopt_text_tower(self, tower)
         self.online = tower is not None
         self.frozen = FrozenTensors(**frozen)
         self._class_rows: Tensor | None = None
@@ -169,16 +167,6 @@ def class_tokens(config: Config, class_names: Sequence[str], weights: Weights) -
             "template and no centre"
         )
     return tokenize(render(templates[0], class_names), weights.model.text.context)
-
-
-def online_tower(config: Config, weights: Weights) -> Any:
-    """The text tower of the configuration as a module of its own."""
-    source, key = text_weights(config, weights)
-    state = source.clip if source.path is not None else None
-    try:
-        return text_tower(source.model.text, state, seed=config.seed)
-    except UserError as error:
-        raise UserError(f"{key}: {source.source}: {error}") from None
 
 
 def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kineticlip.config import Config
-from kineticlip.methods.contrastive import online_tower
+from kineticlip.models.classifier import text_weights
 from kineticlip.models.text import text_tower
 from kineticlip.models.weights import Weights
+from kineticlip.runtime.errors import UserError
 
 
 def adopt_text_tower(model: nn.Module, tower: Any) -> Tensor:
@@ -25,6 +26,16 @@ def adopt_text_tower(model: nn.Module, tower: Any) -> Tensor:
     model.text_projection = tower.text_projection
     mask: Tensor = tower.attn_mask
     return mask
+
+
+def online_tower(config: Config, weights: Weights) -> Any:
+    """The text tower of the configuration as a module of its own."""
+    source, key = text_weights(config, weights)
+    state = source.clip if source.path is not None else None
+    try:
+        return text_tower(source.model.text, state, seed=config.seed)
+    except UserError as error:
+        raise UserError(f"{key}: {source.source}: {error}") from None
 
 
 def own_text_tower(config: Config, weights: Weights, tensors: Mapping[str, Tensor]) -> Any:
