@@ -33,12 +33,15 @@ setup(
         "kineticlip.configs": ["*.yaml", "deepspeed/*.json"],
         "kineticlip_kernels": ["py.typed", "configs/*.json"],
     },
+    # Tried at both ends: the lowest of all together on Python 3.10, the newest of December 2026 on
+    # 3.13 (torch 2.14, Triton 3.8, NumPy 2.5, PyAV 19); constraints.txt on both.
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
         "numpy>=2.0",
-        "pillow>=13",  # resizes the rows of tall frames first, as cut_crops does
-        "av>=18",  # prober, decoder on CPUs, and the encoder of the demo clips
+        "pillow>=12",  # 13 needs Python 3.11; the resized pixels are 13's with both
+        # Prober, decoder on CPUs, and the encoder of the demo clips. 18 needs Python 3.11.
+        "av>=17",
         "open_clip_torch>=3.3",  # tokenizer, text towers, pretrained weights
         "deepspeed>=0.19.8,<0.20",
         "safetensors>=0.5",
@@ -56,8 +59,8 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
-            "pytest-benchmark>=5",
-            "pytest-xdist>=3.6",
+            "pytest-benchmark>=5.0.1",
+            "pytest-xdist>=3.6.1",
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",
