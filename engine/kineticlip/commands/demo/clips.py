@@ -79,10 +79,12 @@ def render_clip(thing: int, motion: int, rng: np.random.Generator) -> NDArray[np
     colour = np.array(list(THINGS.values())[thing], dtype=np.float32)
     colour = np.clip(colour + rng.normal(0, 8, 3), 0, 255)
     time = np.linspace(0.0, 1.0, FRAMES, dtype=np.float32)
-    radius = np.full(FRAMES, rng.uniform(7.0, 11.0), dtype=np.float32)
+    radius: NDArray[np.floating] = np.full(FRAMES, rng.uniform(7.0, 11.0), dtype=np.float32)
     margin = 12.0
-    x = np.full(FRAMES, rng.uniform(margin, WIDTH - margin), dtype=np.float32)
-    y = np.full(FRAMES, rng.uniform(margin, HEIGHT - margin), dtype=np.float32)
+    x: NDArray[np.floating] = np.full(FRAMES, rng.uniform(margin, WIDTH - margin), dtype=np.float32)
+    y: NDArray[np.floating] = np.full(
+        FRAMES, rng.uniform(margin, HEIGHT - margin), dtype=np.float32
+    )
     word = MOTIONS[motion]
     if word in ("moving left", "moving right", "moving up", "moving down"):
         horizontal = word in ("moving left", "moving right")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kineticlip.commands.parity.apart import run_apart
@@ -20,7 +22,8 @@ from kineticlip.methods.nce import divergence, gather, matching_loss
 
 KINDS = {"NCE": False, "DS": True}  # recorded name -> dual
 GRADIENTS = 1e-5
-Numbers = dict[str, np.ndarray]
+Array = NDArray[Any]
+Numbers = dict[str, Array]
 
 
 def nce_checks(golden: Golden) -> Iterator[Check]:
@@ -49,9 +52,7 @@ def _compared(found: Numbers, recorded: Numbers, prefix: str) -> Iterator[Check]
         yield compare(f"nce/{key}", value, recorded[key], atol=tolerance)
 
 
-def pair_loss(
-    image: np.ndarray, text: np.ndarray, labels: np.ndarray, scale: np.ndarray
-) -> Numbers:
+def pair_loss(image: Array, text: Array, labels: Array, scale: Array) -> Numbers:
     """What one process computes from its pairs, under the recorded names.
 
     image, text [b, E]; labels [b]; scale: the logarithm of the logit scale.
@@ -84,10 +85,10 @@ def _rank(
     rank: int,
     world: int,
     folder: str,
-    image: np.ndarray,
-    text: np.ndarray,
-    labels: np.ndarray,
-    scale: np.ndarray,
+    image: Array,
+    text: Array,
+    labels: Array,
+    scale: Array,
 ) -> Numbers:
     dist.init_process_group(
         "gloo",
