@@ -23,12 +23,7 @@ def made_up_frames(monkeypatch: pytest.MonkeyPatch) -> None:
 def frame_with(a: float, b: float, c: float, d: float) -> SimpleNamespace:
     one = 1 << 16
     matrix = np.array([a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30], dtype=np.int32)
-    kind = SimpleNamespace(name="DISPLAYMATRIX")
-
-    class Data(bytes):
-        type = kind
-
-    return SimpleNamespace(side_data=[Data(matrix.tobytes())])
+    return SimpleNamespace(side_data={"DISPLAYMATRIX": matrix.tobytes()})
 
 
 MATRICES = [
@@ -58,7 +53,7 @@ def test_there_are_eight_turns_and_each_has_a_name() -> None:
     found = {orientation_of(frame_with(*matrix)) for matrix in MATRICES}
     assert len(MATRICES) == len(found) == 8
     assert found == set(TURNS.values())
-    assert orientation_of(SimpleNamespace(side_data=[])) == TURNS[0, False] == Orientation()
+    assert orientation_of(SimpleNamespace(side_data={})) == TURNS[0, False] == Orientation()
 
 
 def test_a_slanted_picture_goes_to_the_nearest_axis() -> None:
