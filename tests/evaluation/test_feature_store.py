@@ -216,7 +216,10 @@ def test_trained_trunks_have_no_features() -> None:
     config = settings("text4vis", "text4vis.temporal_module=tokenshift")
     with pytest.raises(UserError, match="mixes them"):
         facts_of(config, METHODS["text4vis"], METHODS["text4vis"].build(config, NAMES))
-    config, method = settings("vificlip"), METHODS["vificlip"]
+    config, method = (
+        settings("vificlip", "classifier.source=text", "classifier.text_weights=random"),
+        METHODS["vificlip"],
+    )
     with pytest.raises(UserError, match=r"method vificlip: no features .*: text4vis, evl"):
         facts_of(config, method, method.build(config, NAMES))
 
