@@ -61,6 +61,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5.0.1",
             "pytest-xdist>=3.6.1",
+            "pytest-cov>=6",  # make coverage
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",
