@@ -34,14 +34,14 @@ setup(
         "kineticlip_kernels": ["py.typed", "configs/*.json"],
     },
     # Tried at both ends: the lowest of all together on Python 3.10, the newest of December 2026 on
-    # 3.13 (torch 2.14, Triton 3.8, NumPy 2.5, PyAV 19); constraints.txt on both.
+    # 3.13 (torch 2.14, Triton 3.8, NumPy 2.5, PyAV 19).
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
         "numpy>=2.0",
         "pillow>=12",  # 13 needs Python 3.11; the resized pixels are 13's with both
         # Prober, decoder on CPUs, and the encoder of the demo clips. 18 needs Python 3.11.
-        "av>=17",
+        "av>=17.1",
         "open_clip_torch>=3.3",  # tokenizer, text towers, pretrained weights
         "deepspeed>=0.19.8,<0.20",
         "safetensors>=0.5",
