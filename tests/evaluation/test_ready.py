@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 from kineticlip.config import Config, load_config
-from kineticlip.evaluation import probe
+from kineticlip.data.batch import VideoViews
+from kineticlip.evaluation import comparison, probe
 from kineticlip.evaluation import ready as readying
+from kineticlip.evaluation.comparison import compare_first
 from kineticlip.evaluation.probe import probe_chunk
 from kineticlip.evaluation.ready import ReadyModel, ready, ready_for_run
 from kineticlip.methods import METHODS
@@ -141,7 +145,62 @@ def test_the_probe_of_a_gpu_tries_less_than_its_first_size(
     monkeypatch.setattr(probe, "_rate", rate)
     settings = {"arch": "made", "precision": "fp32", "resolution": 8}
     found = probe_chunk(nn.Identity(), device=torch.device("cuda"), **settings)
-    assert found.chunk == 2 and tried == [8, 1, 2, 4]
+    assert found.chunk == 2 and tried == [64, 1, 2, 4]
+
+
+def test_a_rate_is_the_median_of_several_calls_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slow call, such as the first after a pause, decides nothing."""
+    seconds = iter([9.0, 1.0, 5.0, 1.0, 1.0, 1.0] * 9)
+    now = [0.0]
+
+    class Calls(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            now[0] += next(seconds)
+            return images
+
+    monkeypatch.setattr(probe, "_PROBES", {})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch, "full", lambda shape, *_, **__: torch.zeros(shape))
+    settings = {"arch": "made", "precision": "fp32", "resolution": 8}
+    found = probe_chunk(Calls(), device=torch.device("cuda"), clock=lambda: now[0], **settings)
+    assert found.rates[64] == 64.0
+
+
+def test_float32_is_float32_once_a_model_is_ready() -> None:
+    """cuDNN's convolutions would run in TF32, which is torch's default."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    made(configured("eval.precision=fp32"))
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_videos_that_wait_on_the_cpu_are_compared_on_the_models_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """fp8 with frames read by PyAV: the stream's own videos have not been moved yet."""
+    seen: list[str] = []
+
+    def score(model: nn.Module, videos: Sequence[VideoViews], chunk: int) -> Tensor:
+        seen.extend(
+            tensor.device.type
+            for video in videos
+            for tensor in (video.images, video.frame_index, video.crop_index)
+        )
+        return torch.ones(len(videos), 3) / 3
+
+    video = VideoViews(
+        name="v", label=0, images=torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8),
+        frame_index=torch.zeros(1, 1, dtype=torch.long),
+        crop_index=torch.zeros(1, dtype=torch.long),
+        decoder="made", num_frames=1,
+    )  # fmt: skip
+    device = torch.device("meta")
+    model = ReadyModel(model=nn.Identity(), device=device, chunk=1, reference=nn.Identity())
+    method = replace(METHODS["text4vis"], score=score)
+    monkeypatch.setattr(comparison, "one_view", lambda video: video)  # it looks at the indices
+    stream, _ = compare_first(model, method, [video])
+    assert set(seen) == {"meta"} and len(seen) == 6
+    first = next(stream)
+    assert isinstance(first, VideoViews) and first.images.device.type == "cpu"
 
 
 def test_not_one_image_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,23 @@ def test_a_steady_tower_shows_one_shape_and_changes_nothing() -> None:
     assert steady.blocks[0] is plain.blocks[0] and steady.shape is plain.shape
 
 
+def test_what_is_left_of_a_run_has_few_batch_sizes() -> None:
+    """cuDNN plans its attention anew, 0.4 s each time, for every batch size that is new to it."""
+    plain, shapes = tower(layers=1), []
+
+    class Seen(nn.Module):
+        def forward(self, batch: Tensor) -> Tensor:
+            shapes.append(len(batch))
+            return plain(batch)
+
+    steady = SteadyTower(Seen(), plain, 16, remainders=(2, 4))
+    with torch.inference_mode():
+        for images in (1, 2, 3, 4, 7):
+            expected = plain(pixels(images))
+            torch.testing.assert_close(steady(pixels(images)), expected, atol=1e-6, rtol=1e-6)
+    assert shapes == [2, 2, 4, 4, 7]
+
+
 def test_a_compiled_tower_says_the_same() -> None:
     plain = tower(layers=1)
     with torch.inference_mode():

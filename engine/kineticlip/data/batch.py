@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from kineticlip.data.statistics import CLIP_STATISTICS, PixelStatistics
@@ -46,6 +47,15 @@ class VideoViews:
     @property
     def num_views(self) -> int:
         return len(self.crop_index) * len(self.frame_index)
+
+    def to(self, device: torch.device) -> VideoViews:
+        """The same video with its images and indices on a device."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            frame_index=self.frame_index.to(device),
+            crop_index=self.crop_index.to(device),
+        )
 
     def clips(self) -> Tensor:
         """Every view written out: [crops * K, T, 3, S, S]."""

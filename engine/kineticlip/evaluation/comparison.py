@@ -25,7 +25,8 @@ def compare_first(
     source = iter(stream)
     first = list(itertools.islice(source, COMPARED))
     videos = [item for item in first if isinstance(item, VideoViews)]
-    agreement = compare_precisions(ready.model, ready.reference, method, videos, ready.chunk)
+    there = [video.to(ready.device) for video in videos]  # the stream's own stay where they are
+    agreement = compare_precisions(ready.model, ready.reference, method, there, ready.chunk)
     return itertools.chain(first, source), agreement
 
 

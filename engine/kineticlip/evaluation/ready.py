@@ -16,6 +16,7 @@ from kineticlip.models.packed import compile_bytes, pack_tower
 from kineticlip.models.steady import SteadyTower, compiled, graphed
 from kineticlip.models.vision import VisionTransformer
 from kineticlip.runtime.compiler import why_no_compiler
+from kineticlip.runtime.distributed import full_precision_products
 from kineticlip.runtime.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,6 +60,7 @@ def ready(
     """
     precision = config.eval.precision
     _check_precision(precision, device)
+    full_precision_products()
     reference = None
     if precision in EIGHT_BITS and with_reference:
         reference = _for_inference(copy.deepcopy(model), device)

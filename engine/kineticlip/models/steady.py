@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+REMAINDERS = (32, 64, 128, 256, 512)  # batch sizes of a GPU for what is left of a run
 
 
 class SteadyTower(nn.Module):
@@ -15,11 +17,20 @@ class SteadyTower(nn.Module):
     Chunks less than half full, calls with hooks (sources, taps, offsets) and other inputs than
     bytes go to the tower itself, and so does every attribute, so that methods reach into it as
     ever. `run` maps pixels [chunk, 3, S, S] to embeddings, which its next call may overwrite.
+    remainders: sizes, ascending, that chunks less than half full are filled up to on their way to
+    the tower: cuDNN plans anew for every batch size that it has not seen.
     """
 
-    def __init__(self, tower: nn.Module, run: Callable[[Tensor], Tensor], chunk: int) -> None:
+    def __init__(
+        self,
+        tower: nn.Module,
+        run: Callable[[Tensor], Tensor],
+        chunk: int,
+        *,
+        remainders: Sequence[int] = (),
+    ) -> None:
         super().__init__()
-        self.tower, self.chunk = tower, chunk
+        self.tower, self.chunk, self.remainders = tower, chunk, tuple(remainders)
         self._run = run
 
     def __getattr__(self, name: str) -> Any:
@@ -30,16 +41,23 @@ class SteadyTower(nn.Module):
 
     def forward(self, pixels: Tensor, **hooks: Any) -> Tensor:
         """[M, 3, S, S] -> [M, E]."""
-        if (
-            hooks
-            or pixels.dtype != torch.uint8
-            or not self.chunk < 2 * len(pixels) <= 2 * self.chunk
-        ):
+        count = len(pixels)
+        if hooks or pixels.dtype != torch.uint8 or count > self.chunk:
             out: Tensor = self.tower(pixels, **hooks)
             return out
-        missing = self.chunk - len(pixels)
-        filled = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
-        return self._run(filled)[: len(pixels)].clone()
+        if 2 * count > self.chunk:
+            return self._run(_filled(pixels, self.chunk))[:count].clone()
+        size = next((size for size in self.remainders if size >= count), count)
+        few: Tensor = self.tower(_filled(pixels, size))
+        return few[:count]
+
+
+def _filled(pixels: Tensor, size: int) -> Tensor:
+    """pixels [M, ...] with black images behind them: [size, ...]."""
+    missing = size - len(pixels)
+    if missing == 0:
+        return pixels
+    return torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
 
 
 def compiled(tower: nn.Module, chunk: int, *, backend: str = "inductor") -> SteadyTower:
@@ -85,4 +103,4 @@ def graphed(tower: nn.Module, chunk: int, pixels: Tensor) -> SteadyTower:
         result: Tensor = outputs
         return result
 
-    return SteadyTower(tower, replay, chunk)
+    return SteadyTower(tower, replay, chunk, remainders=REMAINDERS)
