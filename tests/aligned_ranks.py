@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kineticlip.config import load_config
 from kineticlip.data.batch import Batch
@@ -54,7 +54,8 @@ def addresses(model: nn.Module, job: Job) -> Iterator[tuple[str, int]]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if job.config.train.zero_stage == 3:
         for name, parameter in trained.items():
-            yield f"{name}, part", parameter.ds_tensor.data_ptr()
+            part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # set by DeepSpeed
+            yield f"{name}, part", part.data_ptr()
     with whole(model, job.config.train):
         for name, parameter in trained.items():
             yield name, parameter.data_ptr()

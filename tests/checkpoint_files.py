@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,14 @@ def _save_torch(make: Callable[[], Any]) -> Callable[[Path], None]:
     return lambda path: torch.save(make(), path)
 
 
+def _text4vis_checkpoint(case: str) -> dict[str, Any]:
+    return {
+        "epoch": 29,
+        "model_state_dict": {f"module.{n}": t for n, t in text4vis_state(case).items()},
+        "optimizer_state_dict": {"state": {0: {"step": torch.tensor(1.0)}}},
+    }
+
+
 # name -> (format it must be read as, suffix, writer)
 FILES: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "openai_jit": ("openai", ".pt", lambda path: save_torchscript(clip_vit(), path)),
@@ -192,13 +201,7 @@ FILES: dict[str, tuple[str, str, Callable[[Path], None]]] = {
         f"text4vis_{case}": (
             "text4vis",
             ".pt",
-            _save_torch(
-                lambda case=case: {
-                    "epoch": 29,
-                    "model_state_dict": {f"module.{n}": t for n, t in text4vis_state(case).items()},
-                    "optimizer_state_dict": {"state": {0: {"step": torch.tensor(1.0)}}},
-                }
-            ),
+            _save_torch(partial(_text4vis_checkpoint, case)),
         )
         for case in ("vit_plain", "vit_tokent1d", "vit_tsm", "vit_joint", "rn_plain", "rn_tsm")
     },

@@ -12,7 +12,7 @@ from kineticlip.evaluation.result_writer import ResultWriter
 from kineticlip.evaluation.speed import Speed
 from kineticlip.runtime.journal import Json
 
-MACHINE = {
+MACHINE: dict[str, Any] = {
     "gpu": "NVIDIA H200",
     "power_limit_w": 700,
     "cpu": "Xeon 8480C",

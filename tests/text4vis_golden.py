@@ -16,17 +16,18 @@ SHAPE = json.loads((GOLDEN / "model_config.json").read_text())
 FRAMES = SHAPE["T"]
 ATOL = 5e-5  # of embeddings and logits: another order of fp32 sums
 
+VISION = VisionShape(
+    resolution=SHAPE["res"],
+    patch=SHAPE["P"],
+    width=SHAPE["W"],
+    layers=SHAPE["L"],
+    heads=SHAPE["W"] // 64,
+    embed=SHAPE["E"],
+    mlp_width=4 * SHAPE["W"],
+)
 ARCHITECTURE = Architecture(
     name="golden",
-    vision=VisionShape(
-        resolution=SHAPE["res"],
-        patch=SHAPE["P"],
-        width=SHAPE["W"],
-        layers=SHAPE["L"],
-        heads=SHAPE["W"] // 64,
-        embed=SHAPE["E"],
-        mlp_width=4 * SHAPE["W"],
-    ),
+    vision=VISION,
     text=TextShape(
         width=SHAPE["TW"],
         heads=SHAPE["TW"] // 64,

@@ -133,7 +133,8 @@ def plain_torch(config: Config) -> tuple[list[float], nn.Module]:
     for step in range(8):
         micro = batches[4 * step : 4 * step + 4]
         parts = [F.cross_entropy(model(batch.pixels), batch.labels) / 4 for batch in micro]
-        sum(parts).backward()
+        loss = sum(parts, torch.zeros(()))
+        loss.backward()
         if config.train.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
         factor = rate_factor(table.rate_epoch(4 * step), config.optim, epochs=config.train.epochs)
@@ -141,7 +142,7 @@ def plain_torch(config: Config) -> tuple[list[float], nn.Module]:
             group["lr"] = rate * factor
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(sum(parts).item())
+        losses.append(loss.item())
     return losses, model
 
 

@@ -17,7 +17,7 @@ from kineticlip.commands.demo.clips import render_clip, write_clip, write_start_
 from kineticlip.config import load_config
 from kineticlip.formats.trained import export_weights
 from kineticlip.methods import METHODS
-from kineticlip.models.architectures import architecture
+from kineticlip.models.architectures import VisionShape, architecture
 from kineticlip.models.text import text_tower
 from kineticlip.models.vision import VisionTransformer
 
@@ -93,6 +93,7 @@ def test_predict_with_clip_as_it_was_published(
     """A CLIP file needs no configuration, and its own text tower encodes the names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny = architecture("ViT-tiny-16")
+    assert isinstance(tiny.vision, VisionShape)
     visual = VisionTransformer(tiny.vision).state_dict()
     state = {f"visual.{name}": value for name, value in visual.items()}
     state |= {**text_tower(tiny.text, None, seed=7).state_dict(), "logit_scale": torch.zeros(())}

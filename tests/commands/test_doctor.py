@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from types import SimpleNamespace
+from argparse import Namespace
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_a_wrong_op_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"wrong": Example(wrong, {"x": torch.ones(3)}, lambda x: x)}
 
     monkeypatch.setattr("kineticlip_kernels.examples.examples", made)
-    args = SimpleNamespace(device="cpu", precision="fp32", json=False)
+    args = Namespace(device="cpu", precision="fp32", json=False)
     assert doctor.run(args) == 1
     document = doctor.examine("cpu", "fp32")
     (op,) = document["ops"]

@@ -24,6 +24,7 @@ from kineticlip.commands.parity.vitaclip.golden import Golden, clips_of
 from kineticlip.formats.table import apply_rules
 from kineticlip.formats.targets import TARGETS
 from kineticlip.methods.vitaclip import VitaCLIP, vita_model
+from kineticlip.models.architectures import VisionShape
 from kineticlip.models.weights import Weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
@@ -81,6 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Golden:
         clips=clips_of(stored.to(torch.int8)), labels=labels,
     )  # fmt: skip
     shape = blank.architecture
+    assert isinstance(shape.vision, VisionShape)
     assert (shape.vision.resolution, shape.vision.height) == (48, 32)
     model = vita_model(blank.settings(), Weights(shape, "random", None), NAMES)
     torch.manual_seed(2)
@@ -101,6 +103,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Golden:
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     grads = {f"csc_end.split1.grad.{n}": g.clone() for n, g in training.official(found).items()}
     save_file({**grads, "csc_end.split1.loss": loss.detach()}, folder / "grads.safetensors")
+    assert model.prompt_learner is not None
     context = model.prompt_learner.ctx.detach().clone()
     outputs = {"video_feature": features[:2], "logits": logits[:2]}
     save_file(

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from kineticlip.commands.parity.text4vis.files import Golden
 from kineticlip.commands.parity.text4vis.models import cases
 from kineticlip.commands.parity.text4vis.training import schedule_of
 from kineticlip.commands.parity.text4vis.views import evaluate_run, write_frames
+from kineticlip.models.architectures import VisionShape
 from kineticlip.models.text import encode_text, text_tower
 
 COMMITTED = Path(__file__).parents[1] / "golden" / "text4vis"
@@ -188,10 +190,12 @@ def other(tmp_path: Path) -> Path:
         [(k * (max(0, n - 128) // 4) + i * 21) % n + 1 for k in range(5) for i in range(6)]
         for n in counts.tolist()
     ]
-    np.savez(
-        folder / "sampler.npz",
-        **{"n_frames": counts, "val_uniform/T6": naive, "test_dense/T6/clips5": dense},
-    )
+    samples: dict[str, Any] = {
+        "n_frames": counts,
+        "val_uniform/T6": naive,
+        "test_dense/T6/clips5": dense,
+    }
+    np.savez(folder / "sampler.npz", **samples)
     rng = np.random.default_rng(0)
     scores, targets = rng.random((31, 4)), rng.integers(2, size=(31, 4))
     each = [average_precision_score(targets[:, c], scores[:, c]) for c in range(4)]
@@ -220,7 +224,7 @@ def _zero_shot(folder: Path, rng: np.random.Generator, log: dict) -> None:
             hits += int(labels[n]) in order[:k]
         return 100 * hits / len(kept)
 
-    found = {"video_features": videos, "text_features": rows, "labels": labels}
+    found: dict[str, Any] = {"video_features": videos, "text_features": rows, "labels": labels}
     every = list(range(9))
     halves = [np.random.RandomState(s).permutation(9)[:4] for s in range(3)]
     found |= {f"split{s}_classes": half for s, half in enumerate(halves)}
@@ -254,6 +258,7 @@ def test_other_sizes_of_models(other: Path, tmp_path: Path) -> None:
     from kineticlip.models.vision import VisionTransformer
 
     shape = golden.vit.vision
+    assert isinstance(shape, VisionShape)
     tower = VisionTransformer(shape).eval()
     state = {f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}
     header = TemporalTransformer(golden.vit.embed, golden.vit.header_heads).eval()

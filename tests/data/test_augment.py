@@ -6,6 +6,7 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ def test_published_recipe_draws_for_every_frame() -> None:
     frame = np.random.default_rng(6).integers(0, 256, (1, 64, 80, 3), dtype=np.uint8)
     clip = frame.repeat(4, axis=0)
 
-    def versions(recipe: str) -> set[bytes]:
+    def versions(recipe: Literal["released", "published"]) -> set[bytes]:
         data = DataConfig(num_frames=4, resolution=48, augmentation=recipe)
         pixels, _ = augmented("text4vis", clip, 0, data, ClipRandom.seeded(11))
         assert pixels.shape == (4, 3, 48, 48)

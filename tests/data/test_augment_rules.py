@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL.Image import Resampling
 
 from kineticlip.config import DataConfig
 from kineticlip.data.pipelines import PIPELINES, training_pixels
@@ -129,18 +130,18 @@ def text4vis_clip(
             if w <= width and h <= height:
                 x = draw.randint(0, width - w)
                 y = draw.randint(0, height - h)
-                image = image.crop((x, y, x + w, y + h)).resize((size, size), Image.BILINEAR)
+                image = image.crop((x, y, x + w, y + h)).resize((size, size), Resampling.BILINEAR)
                 seen.add("box")
                 break
         else:
-            image = short_side(image, size, Image.BILINEAR)
+            image = short_side(image, size, Resampling.BILINEAR)
             x = draw.randint(0, image.width - size)
             y = draw.randint(0, image.height - size)
             image = image.crop((x, y, x + size, y + size))
             seen.add("no box")
     mirrored = draw.random() < 0.5 and recipe.flip
     if mirrored:
-        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     share = 0 if recipe.something and recipe.pipeline == "bike" else 0.2
     gray = draw.random() < share
     if gray:
@@ -152,11 +153,11 @@ def text4vis_clip(
 def scaled(image: Image.Image, size: int, recipe: Recipe) -> Image.Image:
     if recipe.something:
         fixed = {"text4vis": (320, 240), "bike": (320, 256)}[recipe.pipeline]
-        return image.resize(fixed, Image.BICUBIC)
-    return short_side(image, 256 if size == 224 else size, Image.BICUBIC)
+        return image.resize(fixed, Resampling.BICUBIC)
+    return short_side(image, 256 if size == 224 else size, Resampling.BICUBIC)
 
 
-def short_side(image: Image.Image, side: int, resample: int) -> Image.Image:
+def short_side(image: Image.Image, side: int, resample: Resampling) -> Image.Image:
     width, height = image.size
     if min(width, height) == side:
         return image
@@ -182,7 +183,7 @@ def multiscale_crop(image: Image.Image, size: int, draw: random.Random) -> Image
             *[(dx, dy), (3 * dx, dy), (dx, 3 * dy), (3 * dx, 3 * dy)],
         ]
     )
-    return image.crop((x, y, x + w, y + h)).resize((size, size), Image.BILINEAR)
+    return image.crop((x, y, x + w, y + h)).resize((size, size), Resampling.BILINEAR)
 
 
 # Two of 16 operations a frame, at strength 9 of 30. (name, value at 0, value at 30, either sign)
@@ -213,15 +214,19 @@ def actionclip_randaugment(image: Image.Image, rng: ClipRandom, seen: set[str]) 
             lifted = np.clip(np.asarray(image).astype(int) + value, 0, 255).astype(np.uint8)
             image = Image.fromarray(np.where(lifted < 128, lifted, 255 - lifted))
         else:
-            image = operation(name, image, value, Image.NEAREST, (0, 0, 0))
+            image = operation(name, image, value, Resampling.NEAREST, (0, 0, 0))
     return image
 
 
 def operation(
-    name: str, image: Image.Image, value: float, resample: int, fill: tuple[int, int, int]
+    name: str,
+    image: Image.Image,
+    value: float,
+    resample: Resampling,
+    fill: tuple[int, int, int],
 ) -> Image.Image:
     def affine(*matrix: float) -> Image.Image:
-        return image.transform(image.size, Image.AFFINE, matrix, resample, fillcolor=fill)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
 
     steps: dict[str, Callable[[], Image.Image]] = {
         "contrast stretch": lambda: ImageOps.autocontrast(image),
@@ -284,7 +289,7 @@ def evl_clip(frame: np.ndarray, size: int, rng: ClipRandom, seen: set[str]) -> t
             lifted = np.where(levels < 128, np.minimum(255, levels + value), levels)
             image = Image.fromarray(lifted.astype(np.uint8))
         else:
-            image = operation(name, image, value, Image.BICUBIC, (128, 128, 128))
+            image = operation(name, image, value, Resampling.BICUBIC, (128, 128, 128))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     x, y, w, h = evl_box(image.width, image.height, rng, seen)

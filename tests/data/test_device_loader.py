@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
 def test_views_equal_those_of_the_threads(entries: list[Entry], pipeline: str) -> None:
     config = load_config(None, SETTINGS)
     other = PixelStatistics(mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.125))
-    rules = {"pipeline": pipeline, "statistics": other}
+    rules: dict[str, Any] = {"pipeline": pipeline, "statistics": other}
     loader = DeviceLoader(entries, config, device=CPU, **rules)
     there = list(loader)
     here = list(ScoringLoader(entries, config, **rules))

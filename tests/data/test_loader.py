@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -333,6 +333,7 @@ def test_leaving_a_loop_early_ends_its_threads(clips: list[Entry]) -> None:
         break
     assert not loader_threads()
     batches = TrainLoader(clips, settings()).epoch(0)
+    assert isinstance(batches, Generator)
     next(batches)
     batches.close()
     assert not loader_threads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from kineticlip.config import DataConfig, ViewConfig
 from kineticlip.data import sampling
 from kineticlip.data.pipelines import PIPELINES
 from kineticlip.runtime.errors import UserError
+
+Mode = Literal["uniform", "dense"]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXT4VIS = dict(np.load(GOLDEN / "text4vis" / "sampler.npz"))
@@ -128,7 +131,7 @@ def test_segment_midpoints() -> None:
 @pytest.mark.parametrize("pipeline", ["text4vis", "bike", "evl"])
 @pytest.mark.parametrize("mode", ["uniform", "dense"])
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 127, 128, 129, 1000])
-def test_every_sampling_stays_inside_the_video(pipeline: str, mode: str, count: int) -> None:
+def test_every_sampling_stays_inside_the_video(pipeline: str, mode: Mode, count: int) -> None:
     data = DataConfig(num_frames=8, sampling=mode, sampling_rate=16)
     for seed in range(5):
         got = PIPELINES[pipeline].sample_train(count, data, sampling.ClipRandom.seeded(seed))
@@ -144,7 +147,7 @@ def test_every_sampling_stays_inside_the_video(pipeline: str, mode: str, count: 
 
 
 def test_pipelines_choose_different_samplers() -> None:
-    def draw(pipeline: str, mode: str) -> list[int]:
+    def draw(pipeline: str, mode: Mode) -> list[int]:
         data = DataConfig(num_frames=4, sampling=mode, sampling_rate=3)
         rng = sampling.ClipRandom.seeded(3)
         return PIPELINES[pipeline].sample_train(400, data, rng).tolist()

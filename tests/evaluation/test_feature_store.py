@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_epochs_follow_the_loader_and_show_every_view(made) -> None:
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     config, method = settings("text4vis", "text4vis.header=mean"), METHODS["text4vis"]
-    model = method.build(config, NAMES).eval()
+    model: Any = method.build(config, NAMES).eval()
     facts, listed = facts_of(config, method, model), entries(6)
     seen: list[str] = []
 
@@ -187,6 +188,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     for item in views(listed):
         if isinstance(item, VideoViews):
             cached = store.read(Entry(item.name, "", item.label))
+            assert isinstance(cached, VideoViews)
             with torch.no_grad():
                 expected = model.visual(item.images.flatten(0, 1))
             torch.testing.assert_close(cached.images.flatten(0, 1), expected)

@@ -68,7 +68,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, tuple[str, ...]
 def test_names_become_configurations(
     built: list[tuple[Config, tuple[str, ...]]],
     source: str,
-    options: dict[str, str],
+    options: dict[str, Any],
     arch: str,
     weights: str,
     resolution: int,

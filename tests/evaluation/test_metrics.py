@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
+from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from kineticlip.evaluation import metrics
@@ -180,7 +182,8 @@ def test_padded_accuracy_counts_what_distributed_sampler_hands_out(
     hits = np.random.default_rng(videos).integers(2, size=videos)
     seen: list[int] = []
     for rank in range(world):
-        seen += DistributedSampler(range(videos), world, rank, shuffle=shuffle)
+        numbers = cast("Dataset[int]", range(videos))  # a length is all that it asks for
+        seen += DistributedSampler(numbers, world, rank, shuffle=shuffle)
     value = metrics.official_padded_accuracy(hits, world_size=world, shuffle=shuffle)
     assert value == pytest.approx(100 * hits[seen].mean())
 

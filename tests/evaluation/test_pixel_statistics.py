@@ -22,7 +22,7 @@ from kineticlip.evaluation.run import ListOptions, evaluate_list
 from kineticlip.formats.trained import export_weights
 from kineticlip.methods import METHODS
 from kineticlip.methods.trunk import statistics_of
-from kineticlip.models.architectures import architecture
+from kineticlip.models.architectures import VisionShape, architecture
 from kineticlip.models.text import text_tower
 from kineticlip.models.vision import VisionTransformer
 from kineticlip.models.weights import resolve_weights
@@ -52,6 +52,7 @@ def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.manual_seed(0)
     shape = architecture("ViT-tiny-16")
+    assert isinstance(shape.vision, VisionShape)
     visual = VisionTransformer(shape.vision).state_dict()
     state = {f"visual.{name}": tensor for name, tensor in visual.items()}
     state |= text_tower(shape.text, None, seed=7).state_dict()
@@ -121,7 +122,7 @@ def check_thumbnail(folder: Path, config: Config, video: str) -> None:
 
 
 def test_a_tower_normalises_bytes_with_the_weights_own_statistics() -> None:
-    model = METHODS["text4vis"].build(settings("text4vis"), NAMES)
+    model: Any = METHODS["text4vis"].build(settings("text4vis"), NAMES)
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():
         expected = model.visual((pixels / 255 - 0.5) / 0.5)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +103,7 @@ def test_parts_are_merged_once_and_removed(tmp_path: Path) -> None:
     write_journal(tmp_path / "journal.jsonl", {"video": "a", "views": 6})
     for rank, name in enumerate("bc"):
         part = tmp_path / "parts" / str(rank)
+        rows: list[dict[str, Any]]
         rows = [{"video": "a", "views": 5}, {"video": name, "views": 6},
                 {"video": name, "thumbnail": 4}, {"video": "d", "reason": "gone"}]  # fmt: skip
         write_journal(part / "journal.jsonl", *rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def made(config: Config, **options: bool) -> ReadyModel:
 
 
 def test_half_precision_is_the_trunk_s_alone() -> None:
-    model = made(configured("eval.precision=bf16"), packed=False).model
+    model: Any = made(configured("eval.precision=bf16"), packed=False).model
     assert {parameter.dtype for parameter in model.visual.parameters()} == {torch.bfloat16}
     assert model.classifier.dtype == torch.float32
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -65,7 +66,8 @@ def test_the_record_says_what_was_chosen() -> None:
     assert found.notes == ("int8 on cpu", "layers packed by oneDNN") and found.chunk == 16
     assert any(isinstance(layer, ByteLinear) for layer in found.model.modules())
     assert found.reference is not None
-    assert {p.dtype for p in found.reference.visual.parameters()} == {torch.bfloat16}
+    trunk = found.reference.get_submodule("visual")
+    assert {p.dtype for p in trunk.parameters()} == {torch.bfloat16}
     assert not any(isinstance(layer, ByteLinear) for layer in found.reference.modules())
     plain = made(configured("eval.precision=bf16", "eval.batch_frames=6"), with_reference=True)
     assert plain.reference is None and plain.chunk == 6
@@ -123,7 +125,7 @@ def test_the_probe_stops_where_doubling_gains_little(
     model: Timed, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "_PROBES", {})
-    settings = {"device": CPU, "arch": "made", "precision": "fp32", "resolution": 8}
+    settings: dict[str, Any] = {"device": CPU, "arch": "made", "precision": "fp32", "resolution": 8}
     found = probe_chunk(model, clock=lambda: model.now, **settings)
     assert found.chunk == expected
     before = model.now
@@ -143,7 +145,7 @@ def test_the_probe_of_a_gpu_tries_less_than_its_first_size(
 
     monkeypatch.setattr(probe, "_PROBES", {})
     monkeypatch.setattr(probe, "_rate", rate)
-    settings = {"arch": "made", "precision": "fp32", "resolution": 8}
+    settings: dict[str, Any] = {"arch": "made", "precision": "fp32", "resolution": 8}
     found = probe_chunk(nn.Identity(), device=torch.device("cuda"), **settings)
     assert found.chunk == 2 and tried == [64, 1, 2, 4]
 
@@ -161,7 +163,7 @@ def test_a_rate_is_the_median_of_several_calls_on_a_gpu(monkeypatch: pytest.Monk
     monkeypatch.setattr(probe, "_PROBES", {})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch, "full", lambda shape, *_, **__: torch.zeros(shape))
-    settings = {"arch": "made", "precision": "fp32", "resolution": 8}
+    settings: dict[str, Any] = {"arch": "made", "precision": "fp32", "resolution": 8}
     found = probe_chunk(Calls(), device=torch.device("cuda"), clock=lambda: now[0], **settings)
     assert found.rates[64] == 64.0
 
@@ -252,9 +254,9 @@ def test_one_model_is_ready_for_run_after_run(monkeypatch: pytest.MonkeyPatch) -
     config = configured("eval.compile=always")
     found = made(config)
     first = ready_for_run(found, config, images=10)
-    tower = first.model.visual.tower
+    tower = first.model.get_submodule("visual.tower")
     again = ready_for_run(found, config, images=10)
-    assert again.notes == first.notes and again.model.visual.tower is tower
+    assert again.notes == first.notes and again.model.get_submodule("visual.tower") is tower
 
 
 def test_compilation_without_a_compiler_says_what_to_install() -> None:

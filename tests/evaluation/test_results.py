@@ -39,7 +39,8 @@ def scores_of(position: int) -> np.ndarray:
 
 
 def open_writer(folder: Path, **changes: Any) -> ResultWriter:
-    options = {"entries": ENTRIES, "class_names": NAMES, "keep_scores": True} | changes
+    options: dict[str, Any] = {"entries": ENTRIES, "class_names": NAMES, "keep_scores": True}
+    options |= changes
     return ResultWriter.open(folder, options.pop("protocol", PROTOCOL), **options)
 
 
@@ -72,7 +73,7 @@ def test_rows_hold_everything_in_list_order(tmp_path: Path) -> None:
         order = np.argsort(-scores_of(position))[:5]
         assert row.top5 == order.tolist() and row.prediction == order[0]
         assert row.top5_names == [NAMES[c] for c in order]
-        assert np.array_equal(np.float32(row.top5_scores), scores_of(position)[order])
+        assert np.array_equal(np.array(row.top5_scores, np.float32), scores_of(position)[order])
         assert row.correct == (order[0] == label)
         assert (row.views, row.frames, row.decoder) == (6, 30 + position, "pyav")
     kept = results.scores()

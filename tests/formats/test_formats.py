@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_evl_optimiser_is_dropped_on_purpose(sample: Open) -> None:
 def test_hugging_face_weights_give_open_clip_the_same_features(sample: Open) -> None:
     import open_clip
 
-    theirs = files.hugging_face_clip()
+    theirs: Any = files.hugging_face_clip()
     state = load_clip_state(sample("hf_clip"))
     model = open_clip.model.CLIP(
         embed_dim=24,

@@ -37,9 +37,9 @@ class _Shell:
 
 def test_objects_in_a_pickle_are_refused_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "run"
-    for name, protocol in (("zip.pt", True), ("legacy.pt", False)):
+    for name, zipped in (("zip.pt", True), ("legacy.pt", False)):
         path = tmp_path / name
-        torch.save({"state_dict": _Touch(trap)}, path, _use_new_zipfile_serialization=protocol)
+        torch.save({"state_dict": _Touch(trap)}, path, _use_new_zipfile_serialization=zipped)
         with pytest.raises(UserError, match="Python objects, which are never loaded"):
             read_checkpoint(path)
     for protocol in (2, pickle.HIGHEST_PROTOCOL):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -28,8 +28,9 @@ from kineticlip.models.temporal import TemporalTransformer
 from kineticlip.models.text import text_tower, tokenize
 from kineticlip.models.vision import VisionTransformer
 from kineticlip.runtime.errors import UserError
-from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, tensors, under
+from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, VISION, tensors, under
 
+Official = Literal["DP", "VCS"]  # the official names of the interactions
 GOLDEN = tensors("case_bike")
 PIXELS = tensors("frames_vit")["frames_vit"].unflatten(0, (-1, FRAMES))
 HEADERS = {"None": False, "Transf": True}
@@ -40,9 +41,9 @@ def encoded(words: bool = True) -> tuple[Tensor, Tensor | None]:
     return encode_sentences(tower, tensors("case_text")["tokens"].long(), words=words)
 
 
-def official(header: str, interaction: str) -> BikeCLIP:
+def official(header: str, interaction: Official) -> BikeCLIP:
     state = tensors("clip_vit_base")
-    visual = VisionTransformer(ARCHITECTURE.vision)
+    visual = VisionTransformer(VISION)
     visual.load_state_dict(under("visual.", state))
     transformer: nn.Module | None = None
     if HEADERS[header]:
@@ -50,7 +51,8 @@ def official(header: str, interaction: str) -> BikeCLIP:
         transformer.load_state_dict(under("fusion_model.", tensors("fusion_transf")))
     video = VideoCLIP(visual, transformer, embed=ARCHITECTURE.embed)
     sentences, words = encoded()
-    return BikeCLIP(video, interaction=interaction.lower(), sentences=sentences, words=words).eval()
+    kind: Literal["dp", "vcs"] = "dp" if interaction == "DP" else "vcs"
+    return BikeCLIP(video, interaction=kind, sentences=sentences, words=words).eval()
 
 
 def test_sentences_and_words_of_the_official_code() -> None:
@@ -65,7 +67,7 @@ def test_sentences_and_words_of_the_official_code() -> None:
 
 @pytest.mark.parametrize("header", HEADERS)
 @pytest.mark.parametrize("interaction", ["DP", "VCS"])
-def test_official_logits_and_scores(header: str, interaction: str) -> None:
+def test_official_logits_and_scores(header: str, interaction: Official) -> None:
     model = official(header, interaction)
     with torch.inference_mode():
         logits = model(PIXELS) / model.logit_scale.exp()
@@ -87,7 +89,7 @@ def test_official_logits_and_scores(header: str, interaction: str) -> None:
 
 
 @pytest.mark.parametrize("interaction", ["DP", "VCS"])
-def test_training_matches_clips_with_the_sentences_of_the_batch(interaction: str) -> None:
+def test_training_matches_clips_with_the_sentences_of_the_batch(interaction: Official) -> None:
     model = official("Transf", interaction).train()
     labels = torch.tensor([7, 3])
     value, metrics = METHOD.loss(model, Batch(pixels=PIXELS, labels=labels, names=()))
@@ -100,6 +102,7 @@ def test_training_matches_clips_with_the_sentences_of_the_batch(interaction: str
     names = {name.split(".")[0] for name, _ in model.named_parameters()}
     assert names == {"visual", "fusion_model", "logit_scale"}  # no text tower
     clip, new = METHOD.param_groups(model, Config())
+    assert model.fusion_model is not None
     assert len(new["params"]) == len(list(model.fusion_model.parameters()))
     assert clip["lr"] == pytest.approx(0.1 * new["lr"])
 

@@ -27,7 +27,7 @@ from kineticlip.models.temporal import TemporalTransformer
 from kineticlip.models.text import text_tower
 from kineticlip.models.vision import VisionTransformer
 from kineticlip.runtime.errors import UserError
-from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, arrays, tensors, under
+from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, VISION, arrays, tensors, under
 
 NCE = {name: torch.from_numpy(array) for name, array in arrays("nce").items()}
 
@@ -86,7 +86,7 @@ def test_one_process_gathers_nothing(name: str) -> None:
 def official(**options: Any) -> ContrastiveCLIP:
     """The golden CLIP with both towers, and the tokens of its ten classes."""
     state = tensors("clip_vit_base")
-    visual = VisionTransformer(ARCHITECTURE.vision)
+    visual = VisionTransformer(VISION)
     visual.load_state_dict(under("visual.", state))
     header = TemporalTransformer(ARCHITECTURE.embed, ARCHITECTURE.header_heads)
     header.load_state_dict(under("fusion_model.", tensors("fusion_transf")))

@@ -110,7 +110,7 @@ def test_zero_stage_3_is_refused_in_one_line() -> None:
 
 def test_the_key_bias_decays_without_a_gradient() -> None:
     model = build(settings(), NAMES)
-    bias = model.decoder.decoder_layers[0].attn.k_proj.bias
+    bias = model.decoder.get_parameter("decoder_layers.0.attn.k_proj.bias")
     with torch.no_grad():
         bias.fill_(1.0)
     config = settings("optim.lr=0.1", "optim.weight_decay=0.5")

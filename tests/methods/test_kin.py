@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def config(method: str, *changes: str) -> Config:
     return override(start, ["classifier.template='{}'", *changes])
 
 
-def built(method: str, *changes: str, names: tuple[str, ...] = NAMES) -> torch.nn.Module:
+def built(method: str, *changes: str, names: tuple[str, ...] = NAMES) -> Any:
     return METHODS[method].build(config(method, *changes), names).eval()
 
 
@@ -126,7 +127,16 @@ def test_openvclip_weights_are_drawn_back(tmp_path: Path) -> None:
         interpolate_weights({"a": torch.ones(3)}, {"a": torch.ones(2)}, 0.5)
 
 
-def pulled(tmp_path: Path, *changes: str) -> torch.nn.Module:
+def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Of every parameter; each must have one."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad
+    return found
+
+
+def pulled(tmp_path: Path, *changes: str) -> Any:
     """A tuned tower with another one to be pulled to."""
     for name, seed in (("clip", 1), ("tuned", 2)):
         state = dict(built("openvclip", f"seed={seed}").state_dict())
@@ -147,7 +157,7 @@ def test_openvclip_pull_adds_the_gradient_at_mixed_weights(tmp_path: Path, lean:
     with recomputed() if lean else contextlib.nullcontext():
         value, metrics = METHODS["openvclip"].loss(model, batch())
     value.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = gradients_of(model)
     share = "openvclip.clip_share"
     expected, losses = {name: torch.zeros_like(grad) for name, grad in found.items()}, []
     for weight, more in ((1.0, 0.0), (0.5, 0.25)):
@@ -157,8 +167,8 @@ def test_openvclip_pull_adds_the_gradient_at_mixed_weights(tmp_path: Path, lean:
         loss, _ = METHODS["openvclip"].loss(other, batch())
         loss.backward()
         losses.append(float(loss.detach()))
-        for name, parameter in other.named_parameters():
-            expected[name] += weight * parameter.grad
+        for name, gradient in gradients_of(other).items():
+            expected[name] += weight * gradient
     assert float(metrics["pulled_loss"]) == pytest.approx(losses[1], abs=1e-4)
     assert float(value.detach()) == pytest.approx(losses[0] + 0.5 / 0.75 * losses[1], abs=1e-4)
     for name, gradient in expected.items():

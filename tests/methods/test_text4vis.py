@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from kineticlip.methods.text4vis import METHOD, VideoCLIP, build
 from kineticlip.methods.trunk import embed_views
 from kineticlip.models import architectures
 from kineticlip.models.classifier import Classifier, save_classifier
+from kineticlip.models.transformer import Transformer
 from kineticlip.runtime.errors import UserError
 from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, GOLDEN, arrays, tensors, under
 
@@ -35,7 +37,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     classifier = Classifier(tensors("case_text")["text_features"], CLASSES)
     save_classifier(classifier, tmp_path / "text.safetensors")
 
-    def made(case: str = "plain", *, frames: int = FRAMES, **options: object) -> VideoCLIP:
+    def made(case: str = "plain", *, frames: int = FRAMES, **options: Any) -> VideoCLIP:
         state = tensors("clip_vit_base") | tensors("fusion_transf")
         state = {k: v for k, v in state.items() if k.startswith(("visual.", "fusion", "logit"))}
         state |= under("weights.", tensors(f"case_vit_{case}"))
@@ -225,7 +227,7 @@ def test_half_precision_trunk_under_a_float32_head(make: Make) -> None:
     assert (logits - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def tiny(**options: object) -> Config:
+def tiny(**options: Any) -> Config:
     return Config(
         model=ModelConfig(arch="ViT-tiny-16", weights="random"),
         data=DataConfig(resolution=64),
@@ -271,10 +273,16 @@ def test_options_that_do_not_fit() -> None:
         build(resnet, ("a",))
 
 
+def transformer_of(model: VideoCLIP) -> Transformer:
+    found = model.get_submodule("visual.transformer")
+    assert isinstance(found, Transformer)
+    return found
+
+
 def test_checkpointing_reaches_the_trunk() -> None:
     config = tiny()
     model = build(
         replace(config, train=replace(config.train, activation_checkpointing=True)), ("a",)
     )
-    assert model.visual.transformer.checkpointing
-    assert not build(config, ("a",)).visual.transformer.checkpointing
+    assert transformer_of(model).checkpointing
+    assert not transformer_of(build(config, ("a",))).checkpointing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from kineticlip.runtime.errors import UserError
 NAMES = ("red ball", "blue_ball", "rolling")
 
 
-def config(**changes: object) -> Config:
+def config(**changes: Any) -> Config:
     settings = {"frames": 4, "weights": "random", **changes}
     return Config(
         method="vitaclip",
@@ -44,14 +45,14 @@ def config(**changes: object) -> Config:
     )
 
 
-def made(names: tuple[str, ...] = NAMES, **changes: object) -> VitaCLIP:
+def made(names: tuple[str, ...] = NAMES, **changes: Any) -> VitaCLIP:
     """A random model whose prompts matter: drawn wide, not with the official 0.02."""
     model = build(config(**changes), names)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("prompts.", "prompt_learner.")):
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
@@ -74,7 +75,8 @@ def norm(layer, x: Tensor) -> Tensor:
 
 def plain(model: VitaCLIP, clips: Tensor) -> Tensor:
     """Prompts concatenated to the tokens, carried through whole blocks and cut off again."""
-    visual, prompts, frames = model.visual, model.prompts, model.prompts.frames
+    visual: Any = model.visual
+    prompts, frames = model.prompts, model.prompts.frames
     images, heads, steps = clips.flatten(0, 1), visual.shape.heads, clips.shape[1]
     rows = F.interpolate(prompts.time_embed.T[None], size=steps, mode="nearest")[0].T
     x = visual.embed(images) + rows.repeat(len(clips), 1)[:, None]
@@ -82,7 +84,7 @@ def plain(model: VitaCLIP, clips: Tensor) -> Tensor:
     for index, block in enumerate(visual.transformer.resblocks):
         extra = []
         if prompts.groups:
-            own = prompts.blocks[index]
+            own: Any = prompts.blocks[index]
             first = own.cls_proj(x[:, 0]).unflatten(0, (-1, frames))
             if own.local:
                 extra.append((own.local_prompts + first).repeat_interleave(frames, dim=0))
@@ -110,7 +112,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("off", PARTS, ids=str)
-def test_keys_and_values_are_all_that_prompts_need(off: dict[str, object]) -> None:
+def test_keys_and_values_are_all_that_prompts_need(off: dict[str, Any]) -> None:
     model = made(**off)
     with torch.no_grad():
         expected = plain(model, pixels())
@@ -136,7 +138,7 @@ def test_longer_clips_are_cut_into_groups() -> None:
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 @pytest.mark.parametrize("per_class", [True, False])
 def test_text_is_the_whole_prompt_through_77_positions(position: str, per_class: bool) -> None:
-    model = made(position=position, per_class=per_class)
+    model: Any = made(position=position, per_class=per_class)
     learner = model.prompt_learner
     tokens = tokenize([f"X X X X {name.replace('_', ' ')}." for name in NAMES])
     embedded = model.token_embedding(tokens)
@@ -155,13 +157,18 @@ def test_text_is_the_whole_prompt_through_77_positions(position: str, per_class:
         torch.testing.assert_close(model.text_features(), expected, atol=2e-5, rtol=0)
 
 
-def test_micro_batches_share_their_text_features() -> None:
+def test_micro_batches_share_their_text_features(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, split = made(), made()
     labels = torch.tensor([0, 2, 1, 1])
     clips = pixels(4)
-    calls = []
+    calls: list[bool] = []
     original = split.text_features
-    split.text_features = lambda: calls.append(torch.is_grad_enabled()) or original()
+
+    def noted() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return original()
+
+    monkeypatch.setattr(split, "text_features", noted)
     first = Accumulating(whole, 1).backward(clips, labels)
     assert Accumulating(split, 4).backward(clips, labels) == pytest.approx(first, abs=1e-5)
     assert calls == [False, True]  # once for four micro-batches, once more with gradients
@@ -192,11 +199,16 @@ def test_what_trains() -> None:
     assert [(group["lr"], len(group["params"])) for group in groups] == [(4e-4, len(trained))]
 
 
-def test_evaluation_encodes_the_text_once() -> None:
+def test_evaluation_encodes_the_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made()
-    calls = []
+    calls: list[None] = []
     original = model.text_features
-    model.text_features = lambda: calls.append(1) or original()
+
+    def counted() -> Tensor:
+        calls.append(None)
+        return original()
+
+    monkeypatch.setattr(model, "text_features", counted)
     with torch.inference_mode():
         first, second = model(pixels()), model(pixels())
     assert len(calls) == 1 and torch.equal(first, second)
@@ -285,7 +297,9 @@ def test_context_starts_as_words(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     model = build(config(context_words="a_video_of"), NAMES)
     tokens = tokenize(["a video of"])[0, 1:4]
-    assert torch.equal(model.prompt_learner.ctx, model.token_embedding.weight[tokens])
+    assert model.prompt_learner is not None
+    table = model.get_parameter("token_embedding.weight")
+    assert torch.equal(model.prompt_learner.ctx, table[tokens])
     assert "shared by all classes" in caplog.text
     # a word of several tokens: what the first cannot hold stays in the prompt
     rows = Placeholders.of(["x"], context=9, words="abseiling now")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, str
     return model, str(path)
 
 
-def config(**changes: object) -> Config:
+def config(**changes: Any) -> Config:
     return Config(
         method="xclip",
         data=DataConfig(num_frames=int(str(changes.pop("frames", 4))), resolution=32),
@@ -73,7 +74,7 @@ def config(**changes: object) -> Config:
     )
 
 
-def ours(path: str, **changes: object) -> XCLIP:
+def ours(path: str, **changes: Any) -> XCLIP:
     weights = Weights(ARCHITECTURE, path, Path(path))
     return xclip_model(config(**changes), weights, TOKENS).eval()
 

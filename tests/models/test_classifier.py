@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from kineticlip.runtime.errors import UserError
 NAMES = ("archery", "bowling", "capoeira", "dodgeball")
 
 
-def configured(**options: object) -> Config:
+def configured(**options: Any) -> Config:
     return Config(
         model=ModelConfig(arch="ViT-tiny-16", weights="random"),
         classifier=ClassifierConfig(**options),
@@ -114,7 +115,8 @@ def test_file_keeps_rows_names_and_provenance(tmp_path: Path) -> None:
     loaded = load_classifier(path)
     assert torch.equal(loaded.matrix, built.matrix) and loaded.names == NAMES
     assert loaded.provenance == json.loads(json.dumps(built.provenance))
-    assert loaded.center is not None and torch.equal(loaded.center, built.center)
+    assert loaded.center is not None and built.center is not None
+    assert torch.equal(loaded.center, built.center)
     assert [item.name for item in path.parent.iterdir()] == ["k.safetensors"]
 
     chosen = build_classifier(configured(source=str(path)), ("bowling", "archery"))
@@ -280,11 +282,11 @@ def test_lda_of_a_list_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found.labels.tolist() == [0, 0, 1, 1] and not found.bad
     model = video_model(config, resolve_weights("ViT-tiny-16", "random"))
     with Image.open(tmp_path / "0-0" / "img_00001.jpg") as first:
-        pixels = torch.from_numpy(np.array(first)).permute(2, 0, 1)
+        one = torch.from_numpy(np.array(first)).permute(2, 0, 1)
     with Image.open(tmp_path / "0-0" / "img_00002.jpg") as second:
-        pixels = torch.stack([pixels, torch.from_numpy(np.array(second)).permute(2, 0, 1)])
+        clip = torch.stack([one, torch.from_numpy(np.array(second)).permute(2, 0, 1)])
     with torch.inference_mode():
-        expected = model.eval().encode_clips(pixels.unsqueeze(0))[0]
+        expected = model.eval().encode_clips(clip.unsqueeze(0))[0]
     torch.testing.assert_close(found.matrix[0], expected, atol=1e-5, rtol=0)
     rows = load_classifier(output).matrix
     again = lda_classifier(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kineticlip.models.architectures import architecture
+from kineticlip.config import EvalPrecision
+from kineticlip.models.architectures import VisionShape, architecture
 from kineticlip.models.packed import (
     ByteLinear,
     PackedLinear,
@@ -26,9 +28,11 @@ from kineticlip.runtime.errors import UserError
 CPU = torch.device("cpu")
 
 
-def tower(seed: int = 0, **changes: object) -> VisionTransformer:
+def tower(seed: int = 0, **changes: Any) -> VisionTransformer:
     torch.manual_seed(seed)
-    made = VisionTransformer(replace(architecture("ViT-tiny-16").vision, **changes))
+    shape = architecture("ViT-tiny-16").vision
+    assert isinstance(shape, VisionShape)
+    made = VisionTransformer(replace(shape, **changes))
     return made.eval().requires_grad_(False)
 
 
@@ -43,7 +47,9 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.9999), ("int8", 0.9995)])
-def test_packed_towers_follow_the_fp32_tower(activation: str, precision: str, bound: float) -> None:
+def test_packed_towers_follow_the_fp32_tower(
+    activation: str, precision: EvalPrecision, bound: float
+) -> None:
     plain = tower(activation=activation)
     packed = copy.deepcopy(plain)
     kind = ByteLinear if precision == "int8" else PackedLinear

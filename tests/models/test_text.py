@@ -17,7 +17,7 @@ from kineticlip.formats.convert import convert
 from kineticlip.methods import METHODS
 from kineticlip.methods.text4vis import build
 from kineticlip.models import text
-from kineticlip.models.architectures import architecture
+from kineticlip.models.architectures import VisionShape, architecture
 from kineticlip.models.classifier import build_classifier
 from kineticlip.models.text import encode_text, text_features, text_tower, tokenize
 from kineticlip.models.weights import Weights, resolve_weights
@@ -73,6 +73,7 @@ def tiny_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Weights:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from kineticlip.models.vision import VisionTransformer
 
+    assert isinstance(TINY.vision, VisionShape)
     visual = VisionTransformer(TINY.vision).state_dict()
     state = {f"visual.{name}": value for name, value in visual.items()}
     state |= text_tower(TINY.text, None, seed=7).state_dict()
@@ -125,6 +126,7 @@ def test_features_go_on_without_a_cache(
 
 def test_weights_of_another_architecture(tmp_path: Path) -> None:
     shape = architecture("ViT-B-32").vision
+    assert isinstance(shape, VisionShape)
     state = {
         "visual.conv1.weight": torch.zeros(768, 3, 32, 32),
         "visual.positional_embedding": torch.zeros(shape.tokens, 768),
@@ -215,6 +217,7 @@ def test_clip_files_are_rounded_as_clip_load_rounds_them(
     torch.save({"epoch": 1, "model_state_dict": fine_tuned}, tmp_path / "tuned.pt")
     tuned = resolve_weights("ViT-tiny-16", str(tmp_path / "tuned.pt"), rounded=True)
     assert torch.equal(tuned.tensors[f"visual.{product}"], given)
+    assert tiny_file.path is not None
     convert(tiny_file.path, tmp_path / "own.safetensors", to="kineticlip")
     own = resolve_weights("ViT-tiny-16", str(tmp_path / "own.safetensors"), rounded=True)
     assert torch.equal(own.tensors[f"visual.{product}"], given.half().float())

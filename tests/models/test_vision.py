@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import open_clip
 import pytest
@@ -23,16 +24,14 @@ from kineticlip.models.architectures import (
 from kineticlip.models.temporal import TEMPORAL_MODULES, TemporalTransformer
 from kineticlip.models.vision import Dropouts, VisionTransformer
 from kineticlip.runtime.errors import UserError
-from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, tensors, under
+from text4vis_golden import ARCHITECTURE, ATOL, FRAMES, VISION, tensors, under
 
 SMALL = VisionShape(
     resolution=16, patch=4, width=32, layers=3, heads=2, embed=24, mlp_width=64
 )  # N = 17
 
 
-def seeded(
-    build: type[VisionTransformer] = VisionTransformer, **options: object
-) -> VisionTransformer:
+def seeded(build: type[VisionTransformer] = VisionTransformer, **options: Any) -> VisionTransformer:
     torch.manual_seed(3)
     return build(SMALL, **options).double().eval()
 
@@ -120,8 +119,10 @@ def test_names_of_architectures() -> None:
 
 
 def test_recognises_a_state_dict() -> None:
+    shape = architecture("ViT-B-16").vision
+    assert isinstance(shape, VisionShape)
     with torch.device("meta"):
-        tower = VisionTransformer(architecture("ViT-B-16").vision)
+        tower = VisionTransformer(shape)
     state = {f"visual.{key}": value for key, value in tower.state_dict().items()}
     assert recognise(state) == "ViT-B-16"
     assert recognise(tensors("clip_vit_base")) is None
@@ -133,7 +134,7 @@ def test_official_variants(case: str) -> None:
     golden = tensors(f"case_vit_{case}")
     module = TEMPORAL_MODULES.get(case)
     tower = VisionTransformer(
-        ARCHITECTURE.vision,
+        VISION,
         control_point=partial(module, frames=frames) if module else None,
         joint_frames=frames if case == "joint" else 0,
     ).eval()
@@ -215,7 +216,7 @@ def test_offset_is_added_before_ln_pre() -> None:
     tower, offset = seeded(), torch.randn(1, 17, 32, dtype=torch.float64)
     expected = tower(images(), offset=offset)
     with torch.no_grad():
-        tower.positional_embedding += offset[0]
+        tower.positional_embedding.add_(offset[0])
     torch.testing.assert_close(tower(images()), expected)
     assert not torch.allclose(tower(images(), offset=offset), expected)
 

@@ -266,7 +266,7 @@ def test_same_files_give_the_same_bytes(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("compared")
-    made = {
+    made: dict[str, dict[str, Any]] = {
         "text-seen": {"skill": 2.0, "classifier": text_like(NAMES)},
         "text-kept_out": {"skill": 1.5, "seed": 3},
         "orthogonal-seen": {"skill": 0.5, "seed": 4, "classifier": orthogonal(7), "speed": SPEED},
@@ -417,7 +417,9 @@ def test_script_works_in_a_browser(folder: Path, tmp_path: Path) -> None:
             capture_output=True, text=True, timeout=60, check=True,
         ).stdout  # fmt: skip
     assert doms["as_it_is"].count("<button>") == 5  # its own policy lets its own script run
-    seen = json.loads(re.search("<title>(.*?)</title>", doms["probed"]).group(1))
+    title = re.search("<title>(.*?)</title>", doms["probed"])
+    assert title is not None
+    seen = json.loads(title.group(1))
     assert seen == {
         "first": sorted(NAMES)[0],
         "sorted": "ascending",

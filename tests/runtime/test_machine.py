@@ -23,7 +23,8 @@ def test_records_are_plain_and_complete() -> None:
 def test_time_calls_counts_milliseconds_and_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that says what each call took; a GPU's events are another clock."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    clock, calls = [0.0], []
+    clock = [0.0]
+    calls: list[None] = []
     seconds = iter((9, 9, 0.002, 0.003, 0.001, 0.005, 0.004))  # two calls warm up
 
     def call() -> None:

@@ -94,9 +94,11 @@ def test_training_learns_what_was_not_there() -> None:
     assert head.logit_scale != before.logit_scale
     again = fit(CONFIG, videos, classes)
     other = fit(replace(CONFIG, seed=2), videos, classes)
-    weight = head.sentence_fc[0].weight
-    assert torch.equal(weight, again.sentence_fc[0].weight)
-    assert not torch.allclose(weight, other.sentence_fc[0].weight)
+    weight, same, different = (
+        fitted.get_parameter("sentence_fc.0.weight") for fitted in (head, again, other)
+    )
+    assert torch.equal(weight, same)
+    assert not torch.allclose(weight, different)
 
 
 def test_fusion_is_the_official_weighting() -> None:

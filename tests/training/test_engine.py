@@ -17,6 +17,7 @@ from kineticlip.runtime.distributed import free_port
 from kineticlip.training import loop
 from kineticlip.training.checkpoint import committed, read_manifest
 from kineticlip.training.engine import aligned_groups, start
+from kineticlip.training.job import Job
 
 PROGRAM = Path(__file__).parents[1] / "aligned_ranks.py"
 
@@ -84,7 +85,7 @@ def test_a_run_in_the_layout_of_before_goes_on_in_it(
             return {}
 
         config = toy_config(tmp_path / name, zero_stage=stage, precision="bf16", checkpoint_every=2)
-        job = loop.Job(
+        job = Job(
             config=config, method=TOY, model=Toy(), loader=ToyLoader(16, 2, ALONE),
             ranks=ALONE, device=device, validate=die,
         )  # fmt: skip

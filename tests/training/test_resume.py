@@ -10,6 +10,7 @@ import signal
 import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,11 +40,11 @@ def run(words: list[str]) -> None:
 
     add = ResultWriter.add
 
-    def slowly(writer: ResultWriter, *given: object, **facts: object) -> None:
+    def slowly(writer: ResultWriter, *given: Any, **facts: Any) -> None:
         time.sleep(PAUSE)
         add(writer, *given, **facts)
 
-    ResultWriter.add = slowly
+    pytest.MonkeyPatch().setattr(ResultWriter, "add", slowly)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)

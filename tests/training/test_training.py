@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from kineticlip.models.vision import VisionTransformer
 from kineticlip.runtime.errors import UserError
 from kineticlip.training.job import Job, Outcome
 from kineticlip.training.loop import train
-from text4vis_golden import ARCHITECTURE, GOLDEN, arrays, tensors
+from text4vis_golden import ARCHITECTURE, GOLDEN, VISION, arrays, tensors
 from toy_training import ALONE, CLASSES, TOY, Toy, ToyLoader, plain_torch, rows, toy_config
 
 NAMES = tuple(f"class {index}" for index in range(CLASSES))
@@ -131,7 +131,7 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters(
     assert [row["loss"] for row in rows(config.output)] == pytest.approx(losses, abs=2e-2)
     exported = load_weights(outcome.weights).tensors
     weight = exported["head.weight"]
-    torch.testing.assert_close(weight, model.head.weight.data, atol=2e-2, rtol=0)
+    torch.testing.assert_close(weight, model.get_parameter("head.weight").data, atol=2e-2, rtol=0)
     assert not torch.equal(weight, weight.bfloat16().float())  # not a copy of rounded weights
     assert exported["table"][0] == torch.tensor(1 / 3)  # buffers are never rounded
 
@@ -205,10 +205,15 @@ def test_one_evaluation_at_the_end_where_none_is_due_before(
 ) -> None:
     seen: list[int] = []
     config = toy_config(tmp_path, eval_every=0, log_every=5)
-    outcome = run(config, device, validate=lambda model, step: seen.append(step) or {"top1": 1.0})
+
+    def validate(model: nn.Module, step: int) -> dict[str, Any]:
+        seen.append(step)
+        return {"top1": 1.0} if len(seen) == 1 else {}
+
+    outcome = run(config, device, validate=validate)
     assert seen == [8]
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 9))  # none lost by log_every
-    again = run(config, device, validate=lambda model, step: seen.append(step) or {})
+    again = run(config, device, validate=validate)
     assert seen == [8]  # nothing was left to train
     assert again.evaluation == outcome.evaluation == {"top1": 1.0}
 
@@ -247,21 +252,25 @@ def test_a_changed_training_list_is_refused(tmp_path: Path, device: torch.device
 
 GOLDEN_LOOP = json.loads((GOLDEN / "train_loop.json").read_text())
 # name in the golden file -> header and temporal module
-KINDS = {"Transf": ("transformer", "none"), "tokent1d": ("mean", "tokent1d")}
+KINDS: dict[str, dict[str, Any]] = {
+    "Transf": {"header": "transformer", "temporal_module": "none"},
+    "tokent1d": {"header": "mean", "temporal_module": "tokent1d"},
+}
 
 
-def official_model(header: str, module: str) -> VideoCLIP:
+def official_model(header: str, temporal_module: str) -> VideoCLIP:
     """The official model at the recorded run's start."""
     frames = GOLDEN_LOOP["T"]
-    shifts = partial(TEMPORAL_MODULES[module], frames=frames) if module != "none" else None
+    plain = temporal_module == "none"
+    shifts = None if plain else partial(TEMPORAL_MODULES[temporal_module], frames=frames)
     assert ARCHITECTURE.text is not None
     model = VideoCLIP(
-        VisionTransformer(ARCHITECTURE.vision, control_point=shifts),
-        TemporalTransformer(ARCHITECTURE.vision.embed, ARCHITECTURE.text.width // 64)
+        VisionTransformer(VISION, control_point=shifts),
+        TemporalTransformer(VISION.embed, ARCHITECTURE.text.width // 64)
         if header == "transformer"
         else None,
-        embed=ARCHITECTURE.vision.embed,
-        per_clip=module != "none",
+        embed=VISION.embed,
+        per_clip=not plain,
     )
     state = tensors("clip_vit_base") | (tensors("fusion_transf") if header != "mean" else {})
     wanted = model.state_dict()
@@ -296,14 +305,13 @@ class OfficialLoader:
 
 @pytest.mark.parametrize(("kind", "stage"), [("Transf", 0), ("Transf", 1), ("tokent1d", 2)])
 def test_the_official_training_run(
-    tmp_path: Path, device: torch.device, kind: str, stage: int
+    tmp_path: Path, device: torch.device, kind: str, stage: Literal[0, 1, 2]
 ) -> None:
     """24 iterations of the official train.py in its own update mode, of a schedule for 48."""
     solver, golden = GOLDEN_LOOP["solver"], GOLDEN_LOOP[kind]
-    header, module = KINDS[kind]
     config = Config(
         output=str(tmp_path),
-        text4vis=Text4VisConfig(header=header, temporal_module=module),
+        text4vis=Text4VisConfig(**KINDS[kind]),
         optim=OptimConfig(
             lr=solver["lr"],
             clip_ratio=solver["clip_ratio"],
@@ -328,7 +336,7 @@ def test_the_official_training_run(
         losses.append(value.item())
         return value, metrics
 
-    model = official_model(header, module)
+    model = official_model(**KINDS[kind])
     with pytest.raises(Stop):
         job = Job(
             config=config,

@@ -67,6 +67,7 @@ def test_torchcodec_keeps_the_same_contract(clip: Clip) -> None:
     good = trim(clip("h264"), [5, 17, 30])
     found = decoder.decode([good, dataclasses.replace(good, data=b"no video"), good])
     decoder.close()
+    assert isinstance(found[0], torch.Tensor) and isinstance(found[2], torch.Tensor)
     assert numbers_in(found[0]) == numbers_in(found[2]) == [5, 17, 30]
     assert isinstance(found[1], Unsuitable)
 
@@ -114,6 +115,7 @@ def test_what_the_decoder_lacks_goes_to_the_cpu(
     names = ["vp9", "h264", "mpeg2", "h264_10bit", "vp9", "h264_turned", "vp9"]
     with BatchReader(device="cpu", batch=2, num_threads=2) as reader:
         found = reader.read([Request(video=open_video(clip(n)), numbers=(1, 38)) for n in names])
+    notes = {}
     for name, result in zip(names, found, strict=True):
         assert isinstance(result, Decoded), name
         upright = result.frames.numpy()
@@ -122,7 +124,7 @@ def test_what_the_decoder_lacks_goes_to_the_cpu(
             upright = np.rot90(upright, -1, axes=(1, 2))
         assert [number_of(frame) for frame in upright] == [1, 38]
         assert result.decoder == ("dali" if name == "vp9" else "pyav")
-    notes = {name: " ".join(result.notes) for name, result in zip(names, found, strict=True)}
+        notes[name] = " ".join(result.notes)
     assert notes["vp9"] == ""
     assert "not dali: DALI: " in notes["h264"] and "Failed to create" in notes["h264"]
     assert "cannot be picked by packets" in notes["mpeg2"]
@@ -183,8 +185,7 @@ def test_which_files_nvdec_takes(clip: Clip) -> None:
     assert "10le" in why_not_on_gpu(probe(clip("h264_10bit")), "torchcodec", HOPPER)
     assert "mjpeg" in why_not_on_gpu(probe(clip("mjpeg")), "dali", HOPPER)
     assert "below NVDEC's 144 x 144" in why_not_on_gpu(probe(clip("hevc")), "dali", HOPPER)
-    large = {"width": 640, "height": 360}
-    av1 = dataclasses.replace(h264, codec="av1", **large)
+    av1 = dataclasses.replace(h264, codec="av1", width=640, height=360)
     assert "no AV1" in why_not_on_gpu(av1, "torchcodec", HOPPER)
     assert why_not_on_gpu(av1, "torchcodec", ADA) == ""
     tagged = dataclasses.replace(h264, color_matrix="bt709")
@@ -204,10 +205,11 @@ def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(**_: object) -> None:
         raise Unsuitable("DALI cannot be imported: no such module")
 
+    made = object()
     monkeypatch.setattr(stream_decoders, "DaliDecoder", missing)
-    monkeypatch.setattr(stream_decoders, "TorchcodecDecoder", lambda **_: "made")
+    monkeypatch.setattr(stream_decoders, "TorchcodecDecoder", lambda **_: made)
     assert make_stream_decoder("auto", device="cuda:0", **options) == (
-        "made",
+        made,
         "DALI cannot be imported: no such module",
     )
     with pytest.raises(UserError, match="decoder 'dali': DALI cannot be imported"):

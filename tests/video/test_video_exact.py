@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +20,7 @@ from video_clips import RECIPES, Recipe, number_of, picture, read_plainly, write
 from kineticlip.runtime.errors import UserError
 from kineticlip.video import VideoError, open_video, torchcodec
 from kineticlip.video.probe import probe
-from kineticlip.video.trim import trim
+from kineticlip.video.trim import Selection, select_packets, trim
 
 Clip = Callable[[str], Path]
 IN_SEQUENCE = {"h264_ts", "h264_avi", "mpeg4_bframes", "mpeg2"}
@@ -189,10 +190,9 @@ def test_a_decoder_that_contradicts_the_packets_gives_way(
     import kineticlip.video.pyav as reader
 
     video = open_video(clip("h264"))
-    select = reader.select_packets
 
-    def one_short(*args: object, **options: object) -> object:
-        selection = select(*args, **options)
+    def one_short(*args: Any, **options: Any) -> Selection:
+        selection = select_packets(*args, **options)
         del selection.packets[4]
         return selection
 

@@ -11,6 +11,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,7 @@ from kineticlip.runtime.errors import UserError
 from kineticlip.video import ProbeCache, VideoError, open_video, plan_frames
 from kineticlip.video.cache import NAME, cache_path
 from kineticlip.video.container import MAX_PIXELS
-from kineticlip.video.decode import scan
-from kineticlip.video.probe import TURNS
+from kineticlip.video.probe import TURNS, Scan, scan
 
 Clip = Callable[[str], Path]
 
@@ -162,8 +162,13 @@ def test_the_cache_remembers_unchanged_files(
 ) -> None:
     import kineticlip.video.cache as module
 
-    scanned = []
-    monkeypatch.setattr(module, "scan", lambda path: scanned.append(path) or scan(path))
+    scanned: list[str | Path] = []
+
+    def noted(path: str | Path) -> Scan:
+        scanned.append(path)
+        return scan(path)
+
+    monkeypatch.setattr(module, "scan", noted)
     video = tmp_path / "clip.mp4"
     video.write_bytes(clip("h264").read_bytes())
     for _ in range(2):
@@ -242,8 +247,10 @@ def test_a_cache_full_of_lies_is_passed_over(clip: Clip, tmp_path: Path) -> None
     with ProbeCache(tmp_path / "probes.jsonl") as cache:
         truth = cache.scan(clip("h264")).probe
     row = json.loads((tmp_path / "probes.jsonl").read_text())
-    wrong = [[*row[:place], value, *row[place + 1 :]] for place in range(1, len(row))
-             for value in (None, [], {}, "7.5", -1, 1 << 70)]  # fmt: skip
+    values: list[Any] = [None, [], {}, "7.5", -1, 1 << 70]
+    wrong = [
+        [*row[:place], value, *row[place + 1 :]] for place in range(1, len(row)) for value in values
+    ]
     # what is still believed has another name, size or time, or a number that may be any
     for line in wrong:
         (tmp_path / "probes.jsonl").write_text(f"{json.dumps(line)}\n")
