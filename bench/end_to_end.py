@@ -134,7 +134,8 @@ def naive_scores(
             frames = [frame.to_image() for frame in container.decode(video=0)]
         pipeline = PIPELINES["text4vis"]
         indices = pipeline.sample_test(len(frames), config.data, config.test)  # [K, T]
-        shape = pipeline.geometry(*frames[0].size, config.data, config.test.crops)
+        width, height = frames[0].size
+        shape = pipeline.geometry(width, height, config.data, config.test.crops)
         views = []
         for crop in shape.crops:
             for clip in indices:
@@ -152,7 +153,8 @@ def transformed(image: Any, shape: Any, crop: Any) -> Tensor:
     image = transforms.resize(image, size, transforms.InterpolationMode.BICUBIC)
     image = transforms.crop(image, crop.y, crop.x, shape.size, shape.size)
     pixels = transforms.to_tensor(image)
-    return transforms.normalize(pixels, CLIP_STATISTICS.mean, CLIP_STATISTICS.std)
+    normalised: Tensor = transforms.normalize(pixels, CLIP_STATISTICS.mean, CLIP_STATISTICS.std)
+    return normalised
 
 
 def timed(run: Callable[[], Tensor]) -> Outcome:
@@ -219,7 +221,8 @@ def measure(
         for precision in options.engines
         for baseline in options.baselines
     ]
-    spent = median(outcome[1 if device.type == "cuda" else 2] for outcome in outcomes["naive fp32"])
+    on_gpu = device.type == "cuda"
+    spent = median(wall if on_gpu else cpu for _, wall, cpu in outcomes["naive fp32"])
     engine_images = clock.images // (rounds * len(options.engines))
     return rows, {"work": work.name, **limits.record(spent, engine_images)}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kineticlip.models.architectures import architecture
+from kineticlip.models.architectures import VisionShape, architecture
 from kineticlip.models.packed import ByteLinear, PackedLinear
 
 ROWS = 3152  # of the timed product: 16 images of ViT-B/16
@@ -50,6 +50,7 @@ class Limits:
     def products(self, *, class_only: bool) -> Products:
         """Of one image; class_only: the last block computes the class token alone."""
         shape = architecture(self.arch).vision
+        assert isinstance(shape, VisionShape)
         patches = (self.resolution // shape.patch) ** 2
         tokens, width = patches + 1, shape.width
         layers = shape.layers - class_only

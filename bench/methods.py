@@ -18,7 +18,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from kineticlip_kernels.evl import offsets
 from methods_vitaclip import vitaclip
 
 Step = Callable[[], Tensor]
+Taps = Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]  # (q, k, v, out) of each block
 FACES = ("straightforward", "engine")
 # How many times less the engine needs, at the default sizes.
 CLAIMS = {"evl": {"seconds": 3.0, "peak_megabytes": 3.0}, "vitaclip": {"seconds": 3.0}}
@@ -58,7 +59,7 @@ def evl_decoder(arch: str, frames: int) -> Decoder:
     return decoder
 
 
-def evl_taps(decoder: Decoder, clips: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def evl_taps(decoder: Decoder, clips: int) -> Taps:
     """(q, k, v, out) of the trunk's last blocks, as a trunk would hand them over."""
     trunk, frames = decoder.shape.trunk, decoder.shape.frames
     generator = torch.Generator().manual_seed(1)
@@ -72,7 +73,7 @@ def evl_taps(decoder: Decoder, clips: int) -> list[tuple[Tensor, Tensor, Tensor,
     return taps
 
 
-def engine_decoder(decoder: Decoder, taps: list[tuple[Tensor, ...]], clips: int) -> Tensor:
+def engine_decoder(decoder: Decoder, taps: Taps, clips: int) -> Tensor:
     first = decoder.shape.trunk.layers - decoder.shape.layers
 
     def trunk(tap: Tap) -> None:
@@ -83,7 +84,7 @@ def engine_decoder(decoder: Decoder, taps: list[tuple[Tensor, ...]], clips: int)
     return state
 
 
-def straightforward_decoder(decoder: Decoder, taps: list[tuple[Tensor, ...]], clips: int) -> Tensor:
+def straightforward_decoder(decoder: Decoder, taps: Taps, clips: int) -> Tensor:
     """EVL's decoder as its paper writes it, in plain PyTorch. -> [B, C]."""
     shape = decoder.shape
     table = offsets(shape.grid, torch.device("cpu"))  # [P, P]
@@ -121,13 +122,15 @@ def straightforward_decoder(decoder: Decoder, taps: list[tuple[Tensor, ...]], cl
 def _convolved(conv: Any, out: Tensor) -> Tensor:
     clips, _, tokens, _ = out.shape
     series = out.permute(0, 2, 3, 1).flatten(0, 1)  # [B * N, C, T]
-    return conv(series).unflatten(0, (clips, tokens)).permute(0, 3, 1, 2)
+    mixed: Tensor = conv(series).unflatten(0, (clips, tokens))  # [B, N, C, T]
+    return mixed.permute(0, 3, 1, 2)
 
 
 def _looking(q: Tensor, k: Tensor) -> Tensor:
     """Patches of one frame looking at another's. [B, T - 1, N, H, K] twice -> [B, T - 1, P, P]."""
     q, k = (x[:, :, 1:].transpose(2, 3) for x in (q, k))
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).mean(dim=2)
+    scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(dim=-1).mean(dim=2)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
@@ -288,7 +291,8 @@ def _peak(face: str, *sizes: Any) -> float:
     process.join()
     if process.exitcode:
         raise SystemExit(f"the memory of '{face}' could not be measured")
-    return round(answer.get(), 1)
+    peak: float = answer.get()
+    return round(peak, 1)
 
 
 def _relative(one: Tensor, other: Tensor) -> float:

@@ -86,12 +86,11 @@ def both(
     backward = cost.attention(*size, sources=sources, backward=True)
     for impl, face in faces.items():
         op = "attention with sources" if sources else "attention"
-        common = {"op": op, "impl": impl, "dtype": dtype, "shape": shape}
+        case = partial(Case, op=op, impl=impl, dtype=dtype, shape=shape)
         short = shape in SHAPES[:2] and dtype == torch.bfloat16
-        yield Case(**common, cost=forward, make=partial(make, False), run=face, short=short)
+        yield case(cost=forward, make=partial(make, False), run=face, short=short)
         if impl != "chunked":
-            yield Case(
-                **common,
+            yield case(
                 cost=forward + backward,
                 make=partial(make, True),
                 run=face,
@@ -121,10 +120,9 @@ def class_attention(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     size = (shape.images, shape.tokens, heads, shape.width, dtype.itemsize)
     forward, backward = cost.class_attention(*size), cost.class_attention(*size, backward=True)
     for impl, face in {**faces, "projected": projected}.items():
-        common = {"op": "class_attention", "impl": impl, "dtype": dtype, "shape": shape}
-        yield Case(**common, cost=forward, make=partial(make, False), run=face)
-        yield Case(
-            **common,
+        case = partial(Case, op="class_attention", impl=impl, dtype=dtype, shape=shape)
+        yield case(cost=forward, make=partial(make, False), run=face)
+        yield case(
             cost=forward + backward,
             make=partial(make, True),
             run=face,

@@ -44,7 +44,8 @@ class Naive(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.ln_2(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 def engine_block(width: int, heads: int, kernels: Any, attention: Any) -> nn.Module:
@@ -74,15 +75,13 @@ def blocks(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     both = cost.Cost(3 * forward.flops, 3 * forward.bytes)
     for impl, make_block in makers.items():
         short = shape == SHAPES[0] and dtype == torch.bfloat16
-        common = {"op": "block", "impl": impl, "dtype": dtype, "shape": shape, "short": short}
-        yield Case(
-            **common,
+        case = partial(Case, op="block", impl=impl, dtype=dtype, shape=shape, short=short)
+        yield case(
             cost=forward,
             make=partial(operands, make_block, shape, dtype, False),
             run=run_block,
         )
-        yield Case(
-            **common,
+        yield case(
             cost=both,
             make=partial(operands, make_block, shape, dtype, True),
             run=run_block,
@@ -100,10 +99,12 @@ def operands(
 
 
 def run_block(x: Tensor, block: nn.Module, *parameters: Tensor) -> Tensor:
+    out: Tensor
     if isinstance(block, Block):
         x, update, _ = block(x)
-        return x + update
-    out: Tensor = block(x)
+        out = x + update
+    else:
+        out = block(x)
     return out
 
 

@@ -198,9 +198,25 @@ def sums(clip: Clip, dtype: torch.dtype) -> Iterator[Case]:
 def queries(clip: Clip, dtype: torch.dtype) -> Iterator[Case]:
     """The absorbed queries of all heads over the tokens of a clip, every term added to them."""
 
-    def attend(query: Tensor, tokens: Tensor, *terms: Tensor, impl: evl.EvlImpl) -> Tensor:
-        names = ("conv_weight", "conv_bias", "position", "motion")
-        return evl.attend_tokens(query, tokens, **dict(zip(names, terms, strict=True)), impl=impl)
+    def attend(
+        query: Tensor,
+        tokens: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        position: Tensor,
+        motion: Tensor,
+        *,
+        impl: evl.EvlImpl,
+    ) -> Tensor:
+        return evl.attend_tokens(
+            query,
+            tokens,
+            conv_weight=conv_weight,
+            conv_bias=conv_bias,
+            position=position,
+            motion=motion,
+            impl=impl,
+        )
 
     def make() -> tuple[Tensor, ...]:
         images, width = (clip.clips, clip.frames), clip.width

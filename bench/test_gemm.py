@@ -25,20 +25,19 @@ def add_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
 def products(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     for name, (depth, width) in PRODUCTS.items():
         size = (shape.rows, depth * shape.width, width * shape.width)
-        common = {"dtype": dtype, "shape": shape, "short": shape == SHAPES[0]}
+        case = partial(Case, dtype=dtype, shape=shape, short=shape == SHAPES[0])
         count = cost.linear(*size, dtype.itemsize)
         make = partial(operands, *size, dtype=dtype)
-        yield Case(op=f"gemm {name}", impl="linear", cost=count, make=make, run=F.linear, **common)
+        yield case(op=f"gemm {name}", impl="linear", cost=count, make=make, run=F.linear)
         if name in ("out", "fc2"):
             more = cost.Cost(0, size[0] * size[2] * dtype.itemsize)
             make = partial(operands, *size, dtype=dtype, residual=True)
-            yield Case(
+            yield case(
                 op=f"gemm {name} + residual",
                 impl="addmm",
                 cost=count + more,
                 make=make,
                 run=add_product,
-                **common,
             )
 
 

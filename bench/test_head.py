@@ -35,11 +35,9 @@ def mean_normalize(rows: int, dtype: torch.dtype) -> Iterator[Case]:
         return (randn(rows, FRAMES, WIDTH, dtype=dtype, grad=grad),)
 
     for impl, face in faces.items():
-        common = {"op": "mean_normalize", "impl": impl, "dtype": dtype, "shape": shape}
-        yield Case(**common, cost=forward, make=partial(make, False), run=face)
-        yield Case(
-            **common, cost=both, make=partial(make, True), run=face, direction="forward+backward"
-        )
+        case = partial(Case, op="mean_normalize", impl=impl, dtype=dtype, shape=shape)
+        yield case(cost=forward, make=partial(make, False), run=face)
+        yield case(cost=both, make=partial(make, True), run=face, direction="forward+backward")
 
 
 def cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> Iterator[Case]:

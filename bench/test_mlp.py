@@ -77,12 +77,11 @@ def both(
 ) -> Iterator[Case]:
     """Forward, and forward with backward, of every face; other tiles forward only."""
     for impl, face in faces.items():
-        common = {"op": op, "impl": impl, "dtype": dtype, "shape": shape}
+        case = partial(Case, op=op, impl=impl, dtype=dtype, shape=shape)
         short = op == "linear_quick_gelu" and shape == SHAPES[0] and dtype == torch.bfloat16
-        yield Case(**common, cost=count(), make=partial(make, False), run=face, short=short)
+        yield case(cost=count(), make=partial(make, False), run=face, short=short)
         if not impl.startswith("triton "):
-            yield Case(
-                **common,
+            yield case(
                 cost=count() + count(backward=True),
                 make=partial(make, True),
                 run=face,

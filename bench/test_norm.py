@@ -47,10 +47,9 @@ def both(
     forward = count(shape.rows, shape.width, dtype.itemsize)
     backward = count(shape.rows, shape.width, dtype.itemsize, backward=True)
     for impl, face in faces.items():
-        common = {"op": op, "impl": impl, "dtype": dtype, "shape": shape}
-        yield Case(**common, cost=forward, make=partial(make, False), run=face, short=streams == 2)
-        yield Case(
-            **common,
+        case = partial(Case, op=op, impl=impl, dtype=dtype, shape=shape)
+        yield case(cost=forward, make=partial(make, False), run=face, short=streams == 2)
+        yield case(
             cost=forward + backward,
             make=partial(make, True),
             run=face,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernel_bench import DEVICE, GPU, Case, Shape, spread
 from kineticlip_kernels import cost_methods, patches
+from kineticlip_kernels.dispatch import Impl
 
 # Frames of 720p at the short side of the crops, three crops; on a CPU 4 frames of 240p.
 FRAMES, HEIGHT, WIDTH = (32, 720, 1280) if GPU else (4, 240, 320)
@@ -27,7 +28,8 @@ def cut_crops(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     width = side * WIDTH // HEIGHT
     boxes = [(0, 0, False), (width - side, 0, False), ((width - side) // 2, 0, False)]
     cost = cost_methods.cut_crops(FRAMES, HEIGHT, WIDTH, len(boxes), side)
-    for impl in ["reference"] + ["triton"] * GPU:
+    impls: list[Impl] = ["reference", "triton"] if GPU else ["reference"]
+    for impl in impls:
         run = partial(
             patches.cut_crops, crops=boxes, width=width, height=side, side=side, impl=impl
         )
@@ -47,7 +49,7 @@ def unfold_patches(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         return (pixels(shape.images, 3, side, side),)
 
     for impl in ["reference"] + ["torch.compile", "triton"] * GPU:
-        face = "reference" if impl == "torch.compile" else impl
+        face: Impl = "triton" if impl == "triton" else "reference"
         run = partial(patches.unfold_patches, patch=patch, dtype=dtype, impl=face)
         yield Case("unfold_patches", impl, dtype, shape, cost, make, run)
 

@@ -33,10 +33,9 @@ def cases() -> Iterator[Case]:
         both = forward + cost_methods.frame_attention(*size, backward=True)
         qkv = partial(randn, clips, frames, 3, HEADS, WIDTH, dtype=dtype)
         for impl, face in faces.items():
-            common = {"op": "frame_attention", "impl": impl, "dtype": dtype, "shape": shape}
-            yield Case(**common, cost=forward, make=partial(_inputs, qkv, False), run=face)
-            yield Case(
-                **common,
+            case = partial(Case, op="frame_attention", impl=impl, dtype=dtype, shape=shape)
+            yield case(cost=forward, make=partial(_inputs, qkv, False), run=face)
+            yield case(
                 cost=both,
                 make=partial(_inputs, qkv, True),
                 run=face,

@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,10 @@ def table(rows: Iterator[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def between(made: str, marks: re.Match[str]) -> str:
+    return f"{marks[1]}{made}{marks[2]}"
+
+
 BLOCKS = (
     ("configs/README.md", "recipes", recipe_rows),
     ("README.md", "costs", cost_rows),
@@ -114,7 +119,7 @@ def main() -> int:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
         assert len(pattern.findall(before)) == 1, f"{file}: no block {name}"
         made = table(rows())
-        after = pattern.sub(lambda found, made=made: f"{found[1]}{made}{found[2]}", before)
+        after = pattern.sub(partial(between, made), before)
         if after != before:
             stale.append(f"{file}: {name}")
             if not check:

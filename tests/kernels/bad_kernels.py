@@ -3,6 +3,8 @@
 Not a pattern for anything: `test_aot_hopper.py` compiles them to see that its checks can fail.
 """
 
+# mypy: allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch

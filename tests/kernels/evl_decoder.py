@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,15 @@ from kineticlip_kernels.evl import (
     neighbour_maps,
     project_mixed,
 )
+
+
+class Terms(TypedDict, total=False):
+    """What is added to the tokens of a layer; as `attend_tokens` names it."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    position: Tensor
+    motion: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,8 @@ class Decoder:
         found["logits"] = self._linear("proj.2", self._norm("proj.0", state))
         return found
 
-    def _terms(self, layer: int, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        terms = {}
+    def _terms(self, layer: int, features: Mapping[str, Tensor]) -> Terms:
+        terms: Terms = {}
         if self.conv:
             terms["conv_weight"] = self.weights[f"decoder.temporal_conv.{layer}.weight"]
             terms["conv_bias"] = self.weights[f"decoder.temporal_conv.{layer}.bias"]
@@ -79,9 +88,7 @@ class Decoder:
             terms["motion"] = displacement(maps, *pair, grid=self.grid, impl=self.impl)
         return terms
 
-    def _attend(
-        self, layer: int, state: Tensor, tokens: Tensor, terms: dict[str, Tensor]
-    ) -> Tensor:
+    def _attend(self, layer: int, state: Tensor, tokens: Tensor, terms: Terms) -> Tensor:
         prefix = f"decoder.decoder_layers.{layer}"
         norm = (self.weights[f"{prefix}.norm3.{name}"] for name in ("weight", "bias"))
         norm_weight, norm_bias = norm

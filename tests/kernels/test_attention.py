@@ -118,10 +118,11 @@ def test_packed_and_strided_operands_give_the_same_numbers() -> None:
     inputs = operands(2, 17, 2, 16, ((2, 5),))
     (k, v) = inputs["sources"][0]
     packed = torch.stack([k, v], dim=2).detach()  # [M', n, 2, H, K], as one projection writes them
-    views = {"qkv": strided_tokens(inputs["qkv"]), "sources": [(packed[:, :, 0], packed[:, :, 1])]}
-    contiguous = {"qkv": inputs["qkv"], "sources": [(k, v)]}
     with torch.no_grad():
-        assert torch.equal(triton_face(**views), triton_face(**contiguous))
+        of_views = triton_face(
+            strided_tokens(inputs["qkv"]), sources=[(packed[:, :, 0], packed[:, :, 1])]
+        )
+        assert torch.equal(of_views, triton_face(inputs["qkv"], sources=[(k, v)]))
 
 
 def strided_tokens(qkv: Tensor) -> Tensor:
@@ -146,8 +147,8 @@ def test_reference_passes_gradcheck() -> None:
     inputs = operands(2, 3, 2, 4, ((1, 2), (2, 1)), torch.float64)
     (k0, v0), (k1, v1) = inputs["sources"]
 
-    def function(qkv: Tensor, *flat: Tensor) -> Tensor:
-        return attention_reference(qkv, sources=[flat[:2], flat[2:]])
+    def function(qkv: Tensor, k0: Tensor, v0: Tensor, k1: Tensor, v1: Tensor) -> Tensor:
+        return attention_reference(qkv, sources=[(k0, v0), (k1, v1)])
 
     assert torch.autograd.gradcheck(function, (inputs["qkv"], k0, v0, k1, v1))
 
@@ -188,8 +189,9 @@ def test_choice_of_the_face_on_a_cpu() -> None:
         attention(qkv, impl="xformers")
     with pytest.raises(UnsupportedInput, match="5 sources"):
         attention(qkv, sources=[(qkv[:, :, 0], qkv[:, :, 1])] * 5, impl="triton")
+    unknown: Any = "flash"
     with pytest.raises(UnsupportedInput, match="unknown impl 'flash'"):
-        attention(qkv, impl="flash")
+        attention(qkv, impl=unknown)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of rows that are never stored

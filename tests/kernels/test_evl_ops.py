@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def maps_of(clips: int, frames: int, patches: int, dtype: torch.dtype = FP32) ->
 
 def terms_of(
     tokens: Tensor, names: str, dtype: torch.dtype = FP32, motion: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Any of c(onv), p(osition), m(otion)."""
+) -> dict[str, Any]:
+    """Any of c(onv), p(osition), m(otion): tensors, by the names that `attend_tokens` has."""
     clips, frames, count, width = tokens.shape
     terms = {}
     if "c" in names:
@@ -159,7 +160,7 @@ def test_lean_and_reference_pass_gradcheck() -> None:
         assert torch.autograd.gradcheck(face, (maps_of(1, 2, 4, FP64), *pair))
 
         def attend(query: Tensor, tokens: Tensor, *values: Tensor, impl: EvlImpl = impl) -> Tensor:
-            given = dict(zip(terms, values, strict=True))
+            given: dict[str, Any] = dict(zip(terms, values, strict=True))
             return attend_tokens(query, tokens, **given, impl=impl)
 
         query = randn(1, 2, 4, dtype=FP64, seed=1)
@@ -266,13 +267,11 @@ def test_what_cannot_run_says_why() -> None:
 
 
 def test_lean_terms_in_16_bits_are_added_in_32() -> None:
-    inputs = {"query": randn(1, 2, 32, grad=False), "tokens": randn(1, 3, 5, 32, grad=False)}
-    inputs |= {name: term.detach() for name, term in terms_of(inputs["tokens"], "cp").items()}
-    narrow = {name: tensor.to(torch.bfloat16) for name, tensor in inputs.items()}
-    narrow["query"] = inputs["query"]
-    exact = {name: tensor.double() for name, tensor in narrow.items()}
-    truth = attend_tokens_reference(**exact)
-    found = attend_tokens(**narrow, impl="lean")
+    query, tokens = randn(1, 2, 32, grad=False), randn(1, 3, 5, 32, grad=False).to(BF16)
+    terms = {n: term.detach().to(BF16) for n, term in terms_of(tokens, "cp").items()}
+    exact = {name: term.double() for name, term in terms.items()}
+    truth = attend_tokens_reference(query.double(), tokens.double(), **exact)
+    found = attend_tokens(query, tokens, **terms, impl="lean")
     torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
 
 

@@ -42,7 +42,7 @@ def producers(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], Tensor,
     x, weight, bias = frozen(7, 50, dtype=dtype), frozen(50, seed=1), frozen(50, seed=2)
     qkv = frozen(2, 17, 3, 2, 16, dtype=dtype)
     pair = [frozen(1, 3, 2, 16, dtype=dtype, seed=seed) for seed in (3, 4)]
-    wide, *source = [tensor.double() for tensor in (qkv, *pair)]
+    wide, k, v = (tensor.double() for tensor in (qkv, *pair))
 
     def attend(qkv: Tensor, k: Tensor, v: Tensor, impl: Any) -> Scaled:
         return attention_fp8(qkv, sources=[(k, v)], impl=impl)
@@ -58,7 +58,7 @@ def producers(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], Tensor,
         ),
         "attention_fp8": (
             attend,
-            attention_reference(wide, sources=[tuple(source)]).flatten(2),
+            attention_reference(wide, sources=[(k, v)]).flatten(2),
             [qkv, *pair],
         ),
     }
@@ -80,7 +80,7 @@ def test_producers(name: str, dtype: torch.dtype) -> None:
 
 def test_add_layer_norm_keeps_the_stream_exact() -> None:
     x, update = frozen(5, 24, dtype=BF16), frozen(5, 24, dtype=BF16, seed=1)
-    parameters = [frozen(24, seed=2), frozen(24, seed=3)]
+    parameters = frozen(24, seed=2), frozen(24, seed=3)
     total, normed = add_layer_norm_fp8(x, update, *parameters, impl="triton")
     assert torch.equal(total, x + update)
     alone = layer_norm_fp8(total, *parameters, impl="triton")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kernel_rig import BF16, DEVICE, DTYPES, FP32, check, on_gpu, randn, strided
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import UnsupportedInput
+from kineticlip_kernels.dispatch import Impl, UnsupportedInput
 from kineticlip_kernels.head import (
     IGNORED,
     class_cross_entropy,
@@ -56,7 +56,7 @@ def test_mean_normalize_of_strided_views_and_large_means() -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_mean_normalize_of_zeros_is_zeros(impl: str) -> None:
+def test_mean_normalize_of_zeros_is_zeros(impl: Impl) -> None:
     x = torch.zeros(2, 3, 8, device=DEVICE, requires_grad=True)
     y = mean_normalize(x, impl=impl)
     (grad,) = torch.autograd.grad(y.sum(), x)
@@ -185,7 +185,7 @@ def test_references_pass_gradcheck() -> None:
     target = labels(3, 4)
     assert torch.autograd.gradcheck(mean_normalize_reference, randn(2, 3, 4, dtype=torch.float64))
     assert torch.autograd.gradcheck(
-        lambda *inputs: class_cross_entropy_reference(*inputs[:2], target, inputs[2]),
+        lambda x, classes, scale: class_cross_entropy_reference(x, classes, target, scale),
         (x, classes, scale),
     )
     assert torch.autograd.gradcheck(mean_softmax_reference, randn(2, 3, 4, dtype=torch.float64))
@@ -205,10 +205,10 @@ def test_operators_under_torch_compile() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
     torch.library.opcheck(means_triton._mean_normalize.operator, (x,))
-    arguments = (rows(3, 16), classes, target, scale)
-    torch.library.opcheck(loss_triton._class_cross_entropy.operator, arguments)
-    arguments = (rows(2, 2, 16, grad=False), classes.detach(), 2, 10.0)
-    torch.library.opcheck(top_triton._top_classes_op.operator, arguments)
+    of_loss = (rows(3, 16), classes, target, scale)
+    torch.library.opcheck(loss_triton._class_cross_entropy.operator, of_loss)
+    of_top = (rows(2, 2, 16, grad=False), classes.detach(), 2, 10.0)
+    torch.library.opcheck(top_triton._top_classes_op.operator, of_top)
     torch.library.opcheck(means_triton._mean_softmax_op.operator, (randn(2, 3, 5, grad=False),))
 
 
@@ -241,9 +241,10 @@ def test_gradients_in_fp16_under_a_loss_scale() -> None:
     x, classes = rows_of(randn(64, 128, grad=False)), rows_of(randn(20, 128, seed=1, grad=False))
     target, scale = labels(64, 20), torch.tensor(100.0, device=DEVICE, requires_grad=True)
     grads = {}
-    for impl in ("reference", "triton"):
+    impls: tuple[Impl, ...] = ("reference", "triton")
+    for impl in impls:
         leaves = [t.half().requires_grad_() for t in (x, classes)]
-        losses = class_cross_entropy(*leaves, target, scale, impl=impl)
+        losses = class_cross_entropy(leaves[0], leaves[1], target, scale, impl=impl)
         loss = (losses * torch.linspace(0, 4, 64, device=DEVICE)).mean()
         grads[impl] = torch.autograd.grad(loss * 16384, [*leaves, scale])
     for found, expected in zip(grads["triton"], grads["reference"], strict=True):

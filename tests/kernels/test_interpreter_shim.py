@@ -1,5 +1,7 @@
 """The repaired interpreter rounds bf16 and e4m3 to the same bits as PyTorch."""
 
+# mypy: allow-untyped-decorators
+
 from __future__ import annotations
 
 import numpy as np

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_rig import BF16, DTYPES, FP32, check, on_gpu, randn, strided
 
-from kineticlip_kernels.dispatch import UnsupportedInput
+from kineticlip_kernels.dispatch import Impl, UnsupportedInput
 from kineticlip_kernels.norm import (
     add_layer_norm,
     add_layer_norm_reference,
@@ -26,6 +26,11 @@ SHAPES += on_gpu((2, 577, 1024), (1001, 768))
 def parameters(width: int, dtype: torch.dtype, grad: bool = True) -> dict[str, torch.Tensor]:
     weight = randn(width, dtype=dtype, seed=2, mean=1.0, scale=0.3, grad=grad)
     return {"weight": weight, "bias": randn(width, dtype=dtype, seed=3, grad=grad)}
+
+
+def pair(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, bias = parameters(width, FP32).values()
+    return weight, bias
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,7 +77,7 @@ def test_references_pass_gradcheck() -> None:
 
 def test_a_second_derivative_is_an_error() -> None:
     x = randn(2, 8)
-    y = layer_norm(x, *parameters(8, FP32).values(), impl="triton")
+    y = layer_norm(x, *pair(8), impl="triton")
     (grad,) = torch.autograd.grad(y.square().sum(), [x], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -80,7 +85,7 @@ def test_a_second_derivative_is_an_error() -> None:
 
 def test_gradient_of_the_stream_alone() -> None:
     inputs = [randn(3, 8, seed=seed) for seed in (0, 1)]
-    total, _ = add_layer_norm(*inputs, *parameters(8, FP32).values(), impl="triton")
+    total, _ = add_layer_norm(inputs[0], inputs[1], *pair(8), impl="triton")
     grads = torch.autograd.grad(total.sum(), inputs)
     assert all(torch.equal(grad, torch.ones(3, 8).to(grad)) for grad in grads)
 
@@ -98,17 +103,18 @@ def test_parameters_of_another_width_are_refused(width: int, impl: Any) -> None:
         ):
             add_layer_norm(x, x, weight, bias, impl=impl)
     with pytest.raises(UnsupportedInput, match=r"residual is \(4, 24\) and update \(1, 24\)"):
-        add_layer_norm(x, x[:1], **right, impl=impl)
+        add_layer_norm(x, x[:1], right["weight"], right["bias"], impl=impl)
 
 
 def test_the_stream_wants_a_gradient_only_of_its_own() -> None:
     frozen = [randn(3, 8, seed=seed, grad=False) for seed in (0, 1)]
-    weight, bias = parameters(8, FP32).values()
-    for impl in ("reference", "triton"):
-        total, y = add_layer_norm(*frozen, weight, bias, impl=impl)
+    weight, bias = pair(8)
+    impls: tuple[Impl, ...] = ("reference", "triton")
+    for impl in impls:
+        total, y = add_layer_norm(frozen[0], frozen[1], weight, bias, impl=impl)
         assert (total.requires_grad, y.requires_grad) == (False, True)
         stream = [x.clone().requires_grad_() for x in frozen]
-        total, _ = add_layer_norm(*stream, weight, bias, impl=impl)
+        total, _ = add_layer_norm(stream[0], stream[1], weight, bias, impl=impl)
         grads = torch.autograd.grad(total.sum(), [*stream, weight, bias], allow_unused=True)
         assert [grad is None for grad in grads] == [False, False, True, True]
 
@@ -121,6 +127,7 @@ def test_rows_without_columns(impl: Any) -> None:
 
 def test_more_bits_than_the_parameters() -> None:
     x = randn(4, 8, dtype=torch.float64)
-    y = layer_norm(x, *parameters(8, FP32).values())
-    expected = layer_norm(x, *(p.double() for p in parameters(8, FP32).values()))
+    weight, bias = pair(8)
+    y = layer_norm(x, weight, bias)
+    expected = layer_norm(x, weight.double(), bias.double())
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)

@@ -260,12 +260,15 @@ def test_far_elements_are_brought_near(name: str, monkeypatch: pytest.MonkeyPatc
     expected = example.op(**inputs, impl="triton")
     for argument in FAR[name]:
         inputs[argument] = inputs[argument].transpose(0, 1).contiguous().transpose(0, 1)
-    copied = []
+    copied: list[torch.Size] = []
     monkeypatch.setattr(launch, "NEAR", 1)
     contiguous = Tensor.contiguous
-    monkeypatch.setattr(
-        Tensor, "contiguous", lambda x, **options: copied.append(x.shape) or contiguous(x)
-    )
+
+    def copying(x: Tensor, **options: Any) -> Tensor:
+        copied.append(x.shape)
+        return contiguous(x)
+
+    monkeypatch.setattr(Tensor, "contiguous", copying)
     found = example.op(**inputs, impl="triton")
     assert all(inputs[argument].shape in copied for argument in FAR[name])
     assert torch.equal(found, expected)

@@ -40,7 +40,7 @@ def operands(*shapes: Sequence[int]) -> list[Tensor]:
     return [randn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
-OPERATORS = {
+OPERATORS: dict[str, tuple[Any, list[Any]]] = {
     "layer_norm": (norm_triton._layer_norm, [*operands((3, 24)), WEIGHT, BIAS, 1e-5]),
     "add_layer_norm": (
         norm_triton._add_layer_norm,
@@ -66,7 +66,7 @@ EIGHT = randn(3, 16, grad=False).to(torch.float8_e4m3fn)
 ONES = torch.ones(3, device=DEVICE)
 PARAMETERS = [WEIGHT.detach(), BIAS.detach()]
 ROW, QKV, KEY = (randn(*shape, grad=False) for shape in ((3, 24), (2, 3, 3, 1, 8), (1, 2, 1, 8)))
-INFERENCE = {
+INFERENCE: dict[str, tuple[Any, list[Any]]] = {
     "quantize_rows": (operands_triton._quantize_rows, [ROW]),
     "layer_norm_fp8": (operands_triton._layer_norm, [ROW, *PARAMETERS, 1e-5]),
     "add_layer_norm_fp8": (operands_triton._add_layer_norm, [ROW, ROW, *PARAMETERS, 1e-5]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, TypedDict
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from kernel_rig import BF16, DEVICE, DTYPES, FP32, on_gpu
 from patch_inputs import CROPS, noise
 from torch import Tensor
 
-from kineticlip_kernels.dispatch import UnsupportedInput
+from kineticlip_kernels.dispatch import Impl, UnsupportedInput
 from kineticlip_kernels.patches import (
     Resample,
     crops_triton,
@@ -26,6 +27,12 @@ from kineticlip_kernels.patches import (
     unfold_patches_reference,
     unfold_triton,
 )
+
+
+class Geometry(TypedDict):
+    width: int
+    height: int
+    side: int
 
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
@@ -43,9 +50,10 @@ def test_triton_is_the_reference_to_the_byte(
     source: tuple[int, int], target: tuple[int, int], side: int, resample: Resample
 ) -> None:
     frames = noise(2, source[1], source[0], 3)
-    geometry = {"width": target[0], "height": target[1], "side": side, "resample": resample}
-    found = cut_crops(frames, CROPS, impl="triton", **geometry)
-    assert torch.equal(found, cut_crops_reference(frames, CROPS, **geometry))
+    geometry: Geometry = {"width": target[0], "height": target[1], "side": side}
+    found = cut_crops(frames, CROPS, **geometry, resample=resample, impl="triton")
+    expected = cut_crops_reference(frames, CROPS, **geometry, resample=resample)
+    assert torch.equal(found, expected)
 
 
 def test_frames_of_any_strides() -> None:
@@ -53,21 +61,18 @@ def test_frames_of_any_strides() -> None:
     box = noise(1, 60, 70, 3)[:, 7:47, 9:59]  # a crop before the resize
     for frames in (planar, box):
         assert not frames.is_contiguous()
-        arguments = (frames, [(1, 2, False)])
-        geometry = {"width": 30, "height": 24, "side": 20}
-        found = cut_crops(*arguments, impl="triton", **geometry)
-        assert torch.equal(
-            found, cut_crops_reference(frames.contiguous(), arguments[1], **geometry)
-        )
+        crops = [(1, 2, False)]
+        geometry: Geometry = {"width": 30, "height": 24, "side": 20}
+        found = cut_crops(frames, crops, **geometry, impl="triton")
+        assert torch.equal(found, cut_crops_reference(frames.contiguous(), crops, **geometry))
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_nothing_to_cut(impl: str) -> None:
-    geometry = {"width": 8, "height": 8, "side": 6, "impl": impl}
-    assert cut_crops(noise(0, 9, 9, 3), [(0, 0, False)], **geometry).shape == (0, 1, 3, 6, 6)
-    assert cut_crops(noise(2, 9, 9, 3), [], **geometry).shape == (2, 0, 3, 6, 6)
-    outside = cut_crops(noise(1, 9, 9, 3), [(100, -50, False)], **geometry)
-    assert not outside.any()
+def test_nothing_to_cut(impl: Impl) -> None:
+    cut = partial(cut_crops, width=8, height=8, side=6, impl=impl)
+    assert cut(noise(0, 9, 9, 3), [(0, 0, False)]).shape == (0, 1, 3, 6, 6)
+    assert cut(noise(2, 9, 9, 3), []).shape == (2, 0, 3, 6, 6)
+    assert not cut(noise(1, 9, 9, 3), [(100, -50, False)]).any()
 
 
 def test_weights_of_one_output_sum_to_one() -> None:
@@ -142,10 +147,10 @@ def test_operators_under_torch_compile() -> None:
 
     compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(frames), chain(frames))
-    arguments = (frames, [1, 0, 1], 10, 9, 8, "bicubic")
-    torch.library.opcheck(crops_triton._cut_crops_op.operator, arguments)
-    arguments = (noise(2, 3, 8, 8), 4, BF16)
-    torch.library.opcheck(unfold_triton._unfold_patches_op.operator, arguments)
+    cut = (frames, [1, 0, 1], 10, 9, 8, "bicubic")
+    torch.library.opcheck(crops_triton._cut_crops_op.operator, cut)
+    unfold = (noise(2, 3, 8, 8), 4, BF16)
+    torch.library.opcheck(unfold_triton._unfold_patches_op.operator, unfold)
 
 
 def test_reference_under_torch_compile() -> None:
@@ -176,11 +181,12 @@ def test_reference_copies_nothing_from_the_host_twice(monkeypatch: pytest.Monkey
 
 
 def test_what_cannot_run_says_why() -> None:
-    geometry = {"width": 8, "height": 8, "side": 6}
+    geometry: Geometry = {"width": 8, "height": 8, "side": 6}
+    unknown: Any = "nearest"
     with pytest.raises(UnsupportedInput, match=r"expected uint8 \[U, H, W, 3\]"):
         cut_crops(torch.zeros(2, 9, 9, 3), [], **geometry)
     with pytest.raises(UnsupportedInput, match="unknown resample 'nearest'"):
-        cut_crops(noise(1, 9, 9, 3), [], resample="nearest", **geometry)
+        cut_crops(noise(1, 9, 9, 3), [], resample=unknown, **geometry)
     with pytest.raises(UnsupportedInput, match="resized to 0 x 8"):
         cut_crops(noise(1, 9, 9, 3), [], width=0, height=8, side=6)
     with pytest.raises(UnsupportedInput, match="patch is 16, expected a side in pixels of 1 to 9"):

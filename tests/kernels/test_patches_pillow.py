@@ -53,6 +53,8 @@ def test_reference_is_pillow_to_the_byte(
     source: tuple[int, int], target: tuple[int, int], resample: Resample
 ) -> None:
     frames, side = noise(2, source[1], source[0], 3), min(24, *target)
-    geometry = {"width": target[0], "height": target[1], "side": side, "resample": resample}
-    found = cut_crops(frames, CROPS, impl="reference", **geometry)
-    assert torch.equal(found, pillow(frames, CROPS, **geometry))
+    width, height = target
+    found = cut_crops(
+        frames, CROPS, width=width, height=height, side=side, resample=resample, impl="reference"
+    )
+    assert torch.equal(found, pillow(frames, CROPS, width, height, side, resample))

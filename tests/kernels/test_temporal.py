@@ -47,8 +47,8 @@ def test_strided_and_far_inputs() -> None:
 def test_reference_passes_gradcheck_and_equals_sdpa() -> None:
     qkv = randn(2, 5, 3, 2, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(frame_attention_reference, qkv)
-    parts = qkv.transpose(1, 3).unbind(2)
-    fused = F.scaled_dot_product_attention(*parts).transpose(1, 2)
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    fused = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     assert torch.allclose(frame_attention_reference(qkv), fused, atol=1e-12)
 
 

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from kineticlip.models.architectures import VisionShape
 from kineticlip.models.fp8 import quantize_tower
 from kineticlip.models.temporal import TemporalTransformer
+from kineticlip.models.transformer import Block
 from kineticlip.models.vision import VisionTransformer
 from kineticlip_kernels.dispatch import recorded_choices
 
@@ -120,6 +121,7 @@ def test_temporal_header_on_other_attention(attention: Any) -> None:
     with torch.no_grad():
         plain = model(frames)
         for block in model.transformer.resblocks:
+            assert isinstance(block, Block)
             block.attn.impl = attention
         tolerance = 1e-5 if MATRIX == FP32 else 3e-2
         torch.testing.assert_close(model(frames), plain, rtol=tolerance, atol=tolerance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from kernel_rig import DEVICE
 
 from kineticlip_kernels import tuning
@@ -38,7 +39,7 @@ def test_a_target_launches_its_kernel_with_its_sizes(
             asked.append(dict(sizes))
         return find(table, kernel, sizes)
 
-    run = target.make(DEVICE)
+    run = target.make(torch.device(DEVICE))
     monkeypatch.setattr(tuning, "_find", spy)
     run()
     assert asked
