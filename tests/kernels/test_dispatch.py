@@ -123,7 +123,7 @@ def test_verify_finds_a_wrong_gradient() -> None:
             return 2.001 * grad
 
     def wrong(x: torch.Tensor) -> Any:
-        return Wrong.apply(x)  # type: ignore[no-untyped-call]  # torch gives apply no types
+        return Wrong.apply(x)
 
     inputs = {"x": torch.ones(3, requires_grad=True)}
     results = {r.name: r.passed for r in verify(lambda x: 2 * x, wrong, inputs)}

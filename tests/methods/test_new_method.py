@@ -94,7 +94,7 @@ def test_a_made_up_method_goes_all_the_way(
     run_rank(config, Ranks())  # a step of training, validation, weights
     weights = videos / "run" / "weights.safetensors"
     head = load_file(weights)["head.weight"]
-    assert head.shape == (3, 128) and not torch.equal(head, before.head.weight)
+    assert head.shape == (3, 128) and not torch.equal(head, before.get_parameter("head.weight"))
     capsys.readouterr()
 
     scored = words([f"model.weights={weights}", *pairs[:2], *pairs[3:]])
