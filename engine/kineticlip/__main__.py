@@ -16,30 +16,32 @@ from kineticlip.runtime.version import __version__
 COMMANDS = {
     "predict": "rank class names for one video",
     "eval": "score a list of videos with several views each",
-    "train": "train under DeepSpeed; resumes where it was",
+    "train": "train with DeepSpeed; resumes an interrupted run",
     "report": "make one HTML page from evaluation results",
-    "demo": "the whole path in minutes, on clips it renders itself",
-    "frames": "write chosen frames of a video, by number",
-    "prepare": "check the videos of a data set, write faster copies",
-    "features": "run a frozen trunk over videos once, for heads to train on",
-    "classifier": "build a classifier from text, random rows or LDA",
-    "convert": "rewrite a checkpoint of one code base for another",
-    "bench": "time the kernels here, or find their block sizes",
-    "doctor": "show what of this machine is used, and why not more",
+    "demo": "render clips, train, evaluate and report, in minutes",
+    "frames": "extract frames of a video by number",
+    "prepare": "check the videos of a data set; write copies that decode faster",
+    "features": "precompute the features of a frozen trunk (image tower)",
+    "classifier": "build or inspect a classifier: text, random, sentence or LDA",
+    "convert": "convert a checkpoint to the format of another code base",
+    "bench": "benchmark the kernels on this machine, or tune block sizes",
+    "doctor": "show what this machine can run, what is missing and why",
     "info": "count the parameters and multiply-adds of a configuration",
-    "parity": "replay recorded outputs of an official code and compare",
-    "attributes": "BIKE's second branch: extract, train, fuse",
+    "parity": "compare the engine with recorded outputs of official code",
+    "attributes": "BIKE's attributes branch: extract, train, fuse",
 }
 
 EXAMPLES = {
     "predict": "clip.mp4 --labels 'archery, bowling, juggling'",
-    "eval": "--config k400-text4vis-vitb16-f8 --weights official.pt --list val.txt --root videos",
+    "eval": "--config k400-text4vis-vitb16-f8 --weights official.pt \\\n"
+    "      --list val.txt --root videos",
     "train": "--config k400-text4vis-vitb16-f8 --num-processes 8",
     "report": "runs/first/eval runs/second/eval --out compared.html",
     "demo": "--out demo-output",
     "frames": "clip.mp4 --at 0,10,20-29 --out frames.npz",
-    "prepare": "train.txt --root videos --good readable.txt --bad unreadable.txt",
-    "features": "--config k400-evl-vitb16-f8 --list train.txt --root videos --out features",
+    "prepare": "train.txt --root videos \\\n      --good readable.txt --bad unreadable.txt",
+    "features": "--config k400-evl-vitb16-f8 \\\n"
+    "      --list train.txt --root videos --out features",
     "classifier": "build text --labels kinetics-400 --out text.safetensors",
     "convert": "official.pt weights.safetensors --to kineticlip",
     "bench": "--short",
@@ -54,7 +56,7 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     """The argument parser; only the selected subcommand's options are filled in."""
     parser = argparse.ArgumentParser(
         prog="kineticlip",
-        description="CLIP as a video recogniser, from file to score.",
+        description="Video recognition with CLIP, from video files to scores.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
         allow_abbrev=False,
     )

@@ -12,14 +12,16 @@ from kineticlip.runtime.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="extract|train|fuse", required=True)
-    extract = actions.add_parser("extract", help="take the top classes of an evaluation")
-    extract.add_argument("results", metavar="DIR", help="results of a zero-shot evaluation")
-    extract.add_argument("--out", required=True, metavar="FILE", help="attributes as JSON")
-    train = actions.add_parser("train", help="train a head on the attributes of data.train_list")
+    extract = actions.add_parser("extract", help="take the top-5 classes of every video")
+    extract.add_argument("results", metavar="DIR", help="results folder of a zero-shot evaluation")
+    extract.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
+    train = actions.add_parser("train", help="train a head on attributes of data.train_list")
     train.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
-    fuse = actions.add_parser("fuse", help="score attributes, and add them to a video branch")
-    fuse.add_argument("results", metavar="DIR", help="the video branch, evaluated with --scores")
-    fuse.add_argument("--head", required=True, metavar="FILE", help="what `train` wrote")
+    fuse = actions.add_parser("fuse", help="score attributes and fuse with a video branch")
+    fuse.add_argument(
+        "results", metavar="DIR", help="results of the video branch, from eval --scores"
+    )
+    fuse.add_argument("--head", required=True, metavar="FILE", help="file written by `train`")
     fuse.add_argument(
         "--share", type=float, default=0.7, metavar="X", help="weight of the video branch (0.7)"
     )

@@ -23,20 +23,20 @@ CAPTURED = 10  # calls in the graph that --tune replays
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", metavar="WORDS", help="cases whose names match, as in pytest -k")
-    parser.add_argument("--short", action="store_true", help="the most telling cases alone")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="write a result file there")
-    parser.add_argument("--allow-dirty", action="store_true", help="also from a changed checkout")
+    parser.add_argument("--only", metavar="WORDS", help="run only matching cases (as pytest -k)")
+    parser.add_argument("--short", action="store_true", help="run only the most informative cases")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="folder for a result file")
     parser.add_argument(
-        "--tune", action="store_true", help="measure block sizes instead; needs a GPU"
+        "--allow-dirty", action="store_true", help="write it even if the checkout has changes"
     )
+    parser.add_argument("--tune", action="store_true", help="tune block sizes instead; needs a GPU")
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="with --tune: the table to write, configs/*.json"
+        "--write", type=Path, metavar="FILE", help="with --tune: table to write (configs/*.json)"
     )
     parser.add_argument(
         "--aot",
         action="store_true",
-        help="compile every kernel for sm_80, 90 and 100 instead; minutes, no GPU",
+        help="compile every kernel for sm_80, sm_90 and sm_100 instead; takes minutes, no GPU",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 

@@ -26,30 +26,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     add_config_options(build)
     add_model_options(build)
-    sentence = build.add_argument_group("sentence: rows of a language model on this machine")
-    sentence.add_argument("--model", metavar="FOLDER", help="as transformers' save_pretrained")
-    sentence.add_argument("--pooling", choices=("mean", "first"), default="mean")
+    sentence = build.add_argument_group("sentence: rows from a local language model")
+    sentence.add_argument(
+        "--model", metavar="FOLDER", help="as written by transformers' save_pretrained"
+    )
+    sentence.add_argument(
+        "--pooling", choices=("mean", "first"), default="mean", help="over the tokens"
+    )
     sentence.add_argument(
         "--projection",
         choices=("orthogonal", "pca"),
         default="orthogonal",
-        help="for a model of another width than the embeddings",
+        help="if the model's width is not that of the embeddings",
     )
-    lda = build.add_argument_group("lda: rows of linear discriminant analysis")
+    lda = build.add_argument_group("lda: rows from linear discriminant analysis")
     lda.add_argument(
         "--embeddings",
         metavar="FILE",
-        help=".safetensors with `embeddings` [N, E] and `labels` [N]; without it the videos of "
-        "data.train_list are embedded",
+        help=".safetensors with `embeddings` [N, E] and `labels` [N]; without it, the videos "
+        "of data.train_list are embedded",
     )
     lda.add_argument(
-        "--per-class", type=int, default=60, metavar="N", help="videos of data.train_list (60)"
+        "--per-class",
+        type=int,
+        default=60,
+        metavar="N",
+        help="videos per class from data.train_list (60)",
     )
     lda.add_argument(
-        "--shrinkage", default="auto", metavar="X", help="auto (Ledoit-Wolf), or 0 to 1"
+        "--shrinkage",
+        default="auto",
+        metavar="X",
+        help="auto (Ledoit-Wolf) or a number from 0 to 1",
     )
     show = actions.add_parser("show", help="print what a classifier file holds")
-    show.add_argument("file", metavar="FILE")
+    show.add_argument("file", metavar="FILE", help="a classifier file")
     for action in (build, show):
         action.add_argument("--json", action="store_true", help="print one JSON document")
 

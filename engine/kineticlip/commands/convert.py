@@ -7,8 +7,10 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="checkpoint of any known format")
-    parser.add_argument("output", metavar="OUT", help=".safetensors for kineticlip, else .pt, .pth")
+    parser.add_argument("source", metavar="IN", help="checkpoint in any known format")
+    parser.add_argument(
+        "output", metavar="OUT", help=".safetensors for kineticlip, otherwise .pt or .pth"
+    )
     parser.add_argument(
         "--to",
         required=True,
@@ -19,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolution",
         type=int,
         metavar="S",
-        help="interpolate the position embedding to SxS pixels",
+        help="interpolate the position embedding for SxS pixels",
     )
     parser.add_argument(
         "--round-fp16",
         action="store_true",
         help="round the tensors that the official clip.load keeps in half precision",
     )
-    parser.add_argument("--dry-run", action="store_true", help="report, but write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="report only; write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

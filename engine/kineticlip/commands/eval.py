@@ -22,23 +22,29 @@ if TYPE_CHECKING:
 
 LEAST = {"official_processes": 1, "official_batch": 1, "limit": 1, "thumbnails": 0}
 PROTOCOL = """
-views and precision are keys of the configuration:
-  --set test.clips=4 --set test.crops=3 --set eval.precision=int8   (fp32, bf16; GPU: fp16, fp8)"""
+Views and precision are keys of the configuration. A view is one clip (a set of
+frames) and one crop of the video; scores are averaged over all views:
+  --set test.clips=4 --set test.crops=3
+  --set eval.precision=int8    (or fp32, bf16; on a GPU also fp16, fp8)"""
 METRICS = ("zero-shot", "map", "multilabel", "official-padded")  # evaluation.protocols.PROTOCOLS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     add_model_options(parser)
-    parser.add_argument("--list", metavar="FILE", help="videos to score; default data.val_list")
-    parser.add_argument("--root", metavar="DIR", help="folder of the listed paths")
+    parser.add_argument(
+        "--list", metavar="FILE", help="list of videos to score (default: data.val_list)"
+    )
+    parser.add_argument(
+        "--root", metavar="DIR", help="folder that the listed paths are relative to"
+    )
     parser.add_argument(
         "--split",
         nargs=2,
         action="append",
         metavar=("FILE", "NAMES"),
-        help="a list and its own class names (e.g. kinetics-600-split1), in place of --list and "
-        "--labels; repeatable: each is scored, then the mean and deviation over all",
+        help="a list with its own class names (e.g. kinetics-600-split1), in place of --list and "
+        "--labels; repeatable: every split is scored, then mean and deviation are reported",
     )
     parser.add_argument(
         "--metrics",
@@ -46,35 +52,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         choices=METRICS,
         metavar="NAME",
-        help=f"further numbers: {', '.join(METRICS)}",
+        help=f"further metrics: {', '.join(METRICS)}",
     )
     parser.add_argument(
         "--official-processes",
         type=int,
         default=8,
         metavar="N",
-        help="official-padded: how many processes shared the list (8)",
+        help="for official-padded: number of processes that shared the list (8)",
     )
     parser.add_argument(
         "--official-batch",
         type=int,
         default=1,
         metavar="N",
-        help="multilabel: videos a batch of the official running mean (1)",
+        help="for multilabel: batch size of the official running mean (1)",
     )
     parser.epilog = f"{parser.epilog}\n{PROTOCOL}"
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N videos")
-    parser.add_argument("--features", metavar="DIR", help="what kineticlip features wrote of them")
-    parser.add_argument("--out", metavar="DIR", help="results folder; default <output>/eval")
-    parser.add_argument("--fresh", action="store_true", help="drop results that are there already")
-    parser.add_argument("--scores", action="store_true", help="keep every video's scores")
-    parser.add_argument("--thumbnails", type=int, default=12, metavar="N", help="pictures to keep")
-    parser.add_argument("--deterministic", action="store_true", help="repeat to the byte")
+    parser.add_argument("--limit", type=int, metavar="N", help="score only the first N videos")
+    parser.add_argument(
+        "--features", metavar="DIR", help="features of these videos, from `kineticlip features`"
+    )
+    parser.add_argument("--out", metavar="DIR", help="results folder (default: <output>/eval)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="discard earlier results instead of resuming"
+    )
+    parser.add_argument("--scores", action="store_true", help="save the scores of every video")
+    parser.add_argument(
+        "--thumbnails", type=int, default=12, metavar="N", help="number of thumbnails (12)"
+    )
+    parser.add_argument("--deterministic", action="store_true", help="make runs repeat to the byte")
     parser.add_argument(
         "--num-processes",
         type=int,
         metavar="N",
-        help="share the videos among N processes of this machine: one a GPU, or of its cores",
+        help="split the videos over N processes on this machine, one per GPU, or sharing its cores",
     )
     parser.add_argument("--part-of-run", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")

@@ -12,10 +12,14 @@ from kineticlip.commands.options import add_config_options, add_model_options, c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     add_model_options(parser)
-    parser.add_argument("--list", metavar="FILE", help="videos; default data.val_list")
-    parser.add_argument("--root", metavar="DIR", help="folder of the listed paths")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder of features; it grows")
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.add_argument("--list", metavar="FILE", help="list of videos (default: data.val_list)")
+    parser.add_argument(
+        "--root", metavar="DIR", help="folder that the listed paths are relative to"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, help="output folder; new videos are added to it"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

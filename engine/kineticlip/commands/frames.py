@@ -23,7 +23,7 @@ FILE_SUFFIXES = (".npy", ".png", ".jpg", ".jpeg", ".gif", ".mp4", ".txt", ".json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a video, or a folder of numbered images")
     parser.add_argument(
-        "--at", metavar="N,N,...", help="frame numbers from 0, in display order; A-B is a range"
+        "--at", metavar="N,N,...", help="frame numbers from 0 in display order; A-B is a range"
     )
     parser.add_argument(
         "--out",
@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder", default="auto", choices=("auto", "torchcodec", "pyav"), help="default: auto"
     )
     parser.add_argument(
-        "--frame-template", default="img_{:05d}.jpg", metavar="NAME", help="of a folder's images"
+        "--frame-template",
+        default="img_{:05d}.jpg",
+        metavar="NAME",
+        help="file names of a folder's images",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 

@@ -11,14 +11,18 @@ from kineticlip.runtime.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, ours or an official one")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a YAML file, an official one included, or the name of a recipe",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change one value of the configuration",
+        help="change one key of the configuration; repeatable",
     )
     parser.add_argument(
         "--classes", type=int, default=400, metavar="C", help="number of classes (default 400)"

@@ -24,13 +24,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(
     parser: argparse.ArgumentParser,
     *,
-    labels: str = "class names: a CSV id,name, one name a line, or a built-in set",
+    labels: str = "class names: a CSV file with id,name; a text file with one name per "
+    "line; or a built-in set such as kinetics-400",
 ) -> None:
     """--weights and --labels."""
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="a checkpoint of any known format, an open_clip tag, or 'random' (untrained)",
+        help="a checkpoint in any known format, an open_clip tag, or 'random' (untrained)",
     )
     parser.add_argument("--labels", metavar="NAMES", help=labels)
 

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="FILE", help="a video, or a folder of frames")
     add_config_options(parser)
-    add_model_options(parser, labels="class names, comma-separated; or a label file")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to print (5)")
+    add_model_options(parser, labels="class names, separated by commas, or a label file")
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="number of classes to print (5)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

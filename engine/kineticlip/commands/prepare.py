@@ -22,36 +22,45 @@ SHOWN = 20  # unreadable videos printed; all of them go to --bad and --json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = f"{parser.epilog}\n\nExits with 1 where a video cannot be read."
+    parser.epilog = f"{parser.epilog}\n\nExits with status 1 if any video cannot be read."
     parser.add_argument("source", metavar="SOURCE", help="a list of videos, or a folder of them")
-    parser.add_argument("--root", default="", metavar="DIR", help="goes before the list's paths")
-    parser.add_argument("--good", metavar="FILE", help="write the list without unreadable videos")
-    parser.add_argument("--bad", metavar="FILE", help="write the unreadable ones with reasons")
-    parser.add_argument("--classes", metavar="FILE", help="write a folder's class names, in order")
     parser.add_argument(
-        "--quick", action="store_true", help="read packets and one picture, do not decode it all"
+        "--root", default="", metavar="DIR", help="folder that listed paths are relative to"
+    )
+    parser.add_argument("--good", metavar="FILE", help="write a list of the readable videos")
+    parser.add_argument("--bad", metavar="FILE", help="write the unreadable videos and why")
+    parser.add_argument("--classes", metavar="FILE", help="write the folder's class names in order")
+    parser.add_argument(
+        "--quick", action="store_true", help="read packets and decode one frame only"
     )
     parser.add_argument(
         "--reencode",
         metavar="DIR",
-        help="write H.264 copies with short groups, which decode faster; --good lists them",
+        help="write H.264 copies with short GOPs, which decode faster; --good lists the copies",
     )
     parser.add_argument(
-        "--frames", metavar="DIR", help="write folders of JPEG files; --good lists them"
+        "--frames", metavar="DIR", help="write folders of JPEG frames; --good lists them"
     )
     parser.add_argument(
-        "--side", type=int, default=336, metavar="N", help="short side of the copies; 0 keeps it"
+        "--side",
+        type=int,
+        default=336,
+        metavar="N",
+        help="short side of the copies (336); 0 keeps the size",
     )
     parser.add_argument(
         "--cache",
         default="auto",
         metavar="FILE",
-        help="remember the probes for later runs; auto: beside the videos, off: not",
+        help="cache what was found for later runs; auto: beside the videos, off: no cache",
     )
     parser.add_argument(
-        "--frame-template", default="img_{:05d}.jpg", metavar="NAME", help="of image folders"
+        "--frame-template",
+        default="img_{:05d}.jpg",
+        metavar="NAME",
+        help="file names in image folders",
     )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="default: one a core")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="default: one per core")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

@@ -7,12 +7,12 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folders", nargs="+", metavar="RESULTS_DIR", help="folder that `kineticlip eval` wrote"
+        "folders", nargs="+", metavar="RESULTS_DIR", help="folder written by `kineticlip eval`"
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="page to write (report.html in the first folder)"
+        "--out", metavar="FILE", help="page to write (default: report.html in the first folder)"
     )
-    parser.add_argument("--title", metavar="TEXT", help="heading (the folders' names)")
+    parser.add_argument("--title", metavar="TEXT", help="heading (default: names of the folders)")
 
 
 def run(args: argparse.Namespace) -> int:

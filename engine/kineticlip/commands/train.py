@@ -25,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="the newest checkpoint of the output (auto), none, or that of a checkpoint or run; "
-        "a .pth of the official EVL or Vita-CLIP code goes on with its weights and optimiser",
+        help="auto: the newest checkpoint in the output folder; never: start afresh; PATH: a "
+        "checkpoint, a run, or a .pth of the official EVL or Vita-CLIP code (with its optimiser)",
     )
     parser.add_argument(
         "--num-processes",
         type=int,
         metavar="N",
-        help="start N processes on this machine with the deepspeed launcher",
+        help="start N processes on this machine with DeepSpeed's launcher",
     )
     parser.add_argument("--started-by", type=int, help=argparse.SUPPRESS)
 

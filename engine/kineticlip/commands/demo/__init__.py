@@ -26,13 +26,19 @@ SPLITS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="demo-output", metavar="DIR", help="where to work")
+    parser.add_argument("--out", default="demo-output", metavar="DIR", help="output folder")
     parser.add_argument(
         "--clips", type=int, default=50, metavar="N", help="training clips per class (50)"
     )
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="training ranks (2)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe"
+        "--processes", type=int, default=2, metavar="N", help="training processes (2)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one key of the recipe; repeatable",
     )
 
 

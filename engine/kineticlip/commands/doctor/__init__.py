@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "bf16", "fp16"),
         default="bf16",
-        help="of the tensors the ops are tried on (default bf16)",
+        help="of the tensors that the ops are tried with (default bf16)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
