@@ -285,10 +285,10 @@ def test_tuning_takes_the_fastest_row_that_runs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--write", "x.json"], "--write FILE goes with --tune"),
+        (["--write", "x.json"], "--write FILE needs --tune"),
         (["--tune"], "sees no GPU here"),
-        (["--aot", "--only", "norm", "--short"], "--only, --short: of the cases that are timed"),
-        (["--tune", "--allow-dirty"], "--allow-dirty: of the cases that are timed"),
+        (["--aot", "--only", "norm", "--short"], "--only, --short: only for timing"),
+        (["--tune", "--allow-dirty"], "--allow-dirty: only for timing"),
         (["--only", "nosuchcase"], "no case matches --only 'nosuchcase' here"),
     ],
 )
@@ -296,6 +296,6 @@ def test_command_refuses(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if arguments == ["--tune"] and torch.cuda.is_available():
-        arguments, message = ["--write", "y.json"], "goes with --tune"
+        arguments, message = ["--write", "y.json"], "needs --tune"
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_predict_with_clip_as_it_was_published(
     document = json.loads(capsys.readouterr().out)
     assert (document["arch"], document["untrained"]) == ("ViT-tiny-16", False)
     line = error_of(capsys, *words, "--labels", "a, b, a")
-    assert line == "error: --labels: class 'a' stands there twice"
+    assert line == "error: --labels: class 'a' is listed twice"
 
 
 def test_predict_names_a_bad_file(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,7 @@ def test_an_untrained_model_says_so() -> None:
         ("ViT-tiny-16/openia", {"labels": ["a"]}, "no weights 'openia' for ViT-tiny-16"),
         ("ViT-tiny-16/random", {}, "no class names: give labels="),
         ("ViT-tiny-16/random", {"labels": []}, "no class names: give labels="),
-        ("ViT-tiny-16/random", {"labels": ["a", "b", "a"]}, "labels: class 'a' stands there twice"),
+        ("ViT-tiny-16/random", {"labels": ["a", "b", "a"]}, "labels: class 'a' is listed twice"),
         ("ViT-tiny-16/random", {"labels": "ucf102"}, "ucf102: no such label file or built-in set"),
         ("ViT-tiny-16/random", {"labels": ["a"], "device": "gpu"}, "should be cpu, cuda or cuda:N"),
         ("ViT-tiny-16/random", {"labels": ["a"], "device": "meta"}, "got 'meta'"),

@@ -152,7 +152,7 @@ def test_several_splits_give_mean_and_deviation(
     status, out, _ = run(capsys, *words, "--metrics", "map")
     assert status == 0 and "+-" in out and "split 3: " in out
     status, _, err = run(capsys, *words, "--labels", "kinetics-400")
-    assert status == 2 and "--split brings its own list" in err
+    assert status == 2 and "--split comes with its own list" in err
 
 
 def test_several_labels_a_video(

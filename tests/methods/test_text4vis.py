@@ -261,7 +261,7 @@ def test_header_of_a_file_that_is_not_wanted(make: Make, caplog: pytest.LogCaptu
 def test_options_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="ViT-tiny-16 takes 64 px, not 32"):
         build(replace(tiny(), data=DataConfig(resolution=32)), ("a",))
-    with pytest.raises(UserError, match="exclude each other"):
+    with pytest.raises(UserError, match="cannot be combined"):
         build(tiny(joint=True, temporal_module="tsm"), ("a",))
     resnet = replace(
         tiny(temporal_module="tokent1d"), model=ModelConfig(arch="RN50", weights="random")

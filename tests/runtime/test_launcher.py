@@ -221,7 +221,7 @@ def test_a_finished_run_is_left_as_it_is(
         (["method=text4viz"], "method: unknown method 'text4viz'. Did you mean 'text4vis'?"),
         (["train.batch_size=10"], "10 is no multiple of train.micro_batch_size 2 x 2 processes"),
         (["train.zero_stage=0"], "train.zero_stage 0 with train.precision bf16"),
-        (["optim.warmup_epochs=6"], "optim.warmup_epochs 6 leaves nothing of train.epochs 6"),
+        (["optim.warmup_epochs=6"], "optim.warmup_epochs 6 uses up all of train.epochs 6"),
         (["train.deepspeed=absent.json"], "train.deepspeed: no such file: absent.json"),
     ],
 )

@@ -103,9 +103,9 @@ def test_the_same_command_goes_on_from_the_runs_own_checkpoint(
     here: dict[str, Any] = {"ranks": Ranks(), "device": device}
     with pytest.raises(KeyboardInterrupt):  # after the last step, not saved yet
         go_on("evl", runs["evl"][0], tmp_path, *options, **here, validate=interrupt)
-    assert f"goes on after step 2, from {runs['evl'][0]}" in capsys.readouterr().err
+    assert f"resuming after step 2, from {runs['evl'][0]}" in capsys.readouterr().err
     go_on("evl", runs["evl"][0], tmp_path, *options, ranks=Ranks(), device=device)
-    assert "goes on after step 4, from " in capsys.readouterr().err
+    assert "resuming after step 4, from " in capsys.readouterr().err
     compare(tmp_path, runs["evl"])
 
 

@@ -178,14 +178,14 @@ def test_never_and_a_path(tmp_path: Path) -> None:
     assert find(tmp_path / "new", "never") is None
     old = write(tmp_path / "old", 3)
     newest = write(tmp_path / "old", 6)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         find(tmp_path / "old", "never")
     for path in (newest, newest.parent, tmp_path / "old"):
         assert find(tmp_path / "new", str(path)) == newest
     assert find(tmp_path / "new", str(old)) == old
     with pytest.raises(UserError, match="holds step-00000006, newer than"):
         find(tmp_path / "old", str(old))
-    with pytest.raises(UserError, match="no checkpoint and no run with one"):
+    with pytest.raises(UserError, match="neither a checkpoint nor a run that has one"):
         find(tmp_path / "new", str(tmp_path / "nothing"))
 
 

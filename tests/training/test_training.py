@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     torch.manual_seed(99)
     capsys.readouterr()
     run(broken, device, model=Toy())
-    assert "toy: goes on after step 3, from " in capsys.readouterr().err
+    assert "toy: resuming after step 3, from " in capsys.readouterr().err
     assert rows(broken.output) == rows(whole.output)
     ours, theirs = (
         load_weights(tmp_path / name / "weights.safetensors") for name in ("broken", "whole")
@@ -237,7 +237,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, device: torch.device
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if killed before the first of them
     with pytest.raises(UserError, match=r"metrics.jsonl: belongs to another run: config.optim.lr"):
         run(other, device)
-    with pytest.raises(UserError, match="holds a run already; choose another output"):
+    with pytest.raises(UserError, match="already holds a run; choose another output folder"):
         run(config, device, resume="never")
     assert len(rows(config.output)) == 1
 

@@ -43,15 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.write is not None and not args.tune:
-        raise UserError("--write FILE goes with --tune")
+        raise UserError("--write FILE needs --tune")
     if args.tune and args.aot:
-        raise UserError("--tune and --aot exclude each other")
+        raise UserError("--tune and --aot cannot be combined")
     timing = {"--only": args.only, "--short": args.short, "--results": args.results}
     timing["--allow-dirty"] = args.allow_dirty
     unused = ", ".join(option for option, value in timing.items() if value)
     if unused and (args.tune or args.aot):
         mode = "--tune" if args.tune else "--aot"
-        raise UserError(f"{unused}: of the cases that are timed; leave out, or leave out {mode}")
+        raise UserError(f"{unused}: only for timing; remove it, or remove {mode}")
     if args.aot:
         return _compile(args)
     return _tune(args) if args.tune else _bench(args)

@@ -148,7 +148,9 @@ def _stored(args: argparse.Namespace, config: Config, names: tuple[str, ...]) ->
         stored = load_file(args.embeddings)
         embeddings, labels = stored["embeddings"].float().numpy(), stored["labels"].numpy()
     except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{args.embeddings}: no file of embeddings and labels: {error}") from None
+        raise UserError(
+            f"{args.embeddings}: not a file of embeddings and labels: {error}"
+        ) from None
     return embeddings, labels, {"embeddings": args.embeddings}
 
 

@@ -174,7 +174,7 @@ def _split_configs(args: argparse.Namespace) -> list[Config]:
 
     if args.list is not None or args.labels is not None:
         raise UserError(
-            "--split brings its own list and class names; leave out --list and --labels"
+            "--split comes with its own list and class names; leave out --list and --labels"
         )
     configs = []
     for listing, labels in args.split:

@@ -71,7 +71,7 @@ def _configured(args: argparse.Namespace) -> tuple[Config, tuple[str, ...]]:
         names = tuple(name.strip() for name in args.labels.split(",") if name.strip())
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise UserError(f"--labels: class '{twice}' stands there twice")
+            raise UserError(f"--labels: class '{twice}' is listed twice")
         if names:
             unlabelled = argparse.Namespace(**{**vars(args), "labels": None})
             return scoring_others(configured(unlabelled)), names

@@ -146,7 +146,7 @@ def _checked(labels: Sequence[str]) -> tuple[str, ...]:
     names = tuple(labels)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"labels: class '{twice}' stands there twice")
+        raise UserError(f"labels: class '{twice}' is listed twice")
     return names
 
 

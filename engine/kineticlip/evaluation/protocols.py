@@ -39,7 +39,7 @@ def collect(
     """Scores [N, C] in the order of the entries, without the rows (NaN) of unreadable videos."""
     kept = ~np.isnan(scores).any(axis=1)
     if not kept.any():
-        raise UserError("no video could be scored: there is nothing to measure")
+        raise UserError("no video could be scored: there is nothing to report")
     return Scores(
         scores=scores[kept],
         labels=np.array([entry.label for entry in entries], dtype=np.int64)[kept],

@@ -83,7 +83,7 @@ def read_results(folder: str | Path) -> Results:
         raise UserError(f"{folder / SUMMARY}: not a summary of format {FORMAT}")
     rows = read_table(folder / TABLE)
     if len(rows) != summary.get("videos"):
-        raise UserError(f"{folder}: {TABLE} has {len(rows)} rows, {SUMMARY} speaks of another run")
+        raise UserError(f"{folder}: {TABLE} has {len(rows)} rows, {SUMMARY} is of another run")
     return Results(folder=folder, summary=summary, rows=rows)
 
 

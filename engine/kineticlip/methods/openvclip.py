@@ -196,7 +196,9 @@ def _own_clip(config: Config) -> dict[str, Tensor]:
     options = config.openvclip
     clip = resolve_weights(config.model.arch, options.clip_weights, key="openvclip.clip_weights")
     if clip.path is None:
-        raise UserError("openvclip.clip_weights: random weights are no CLIP to draw back to")
+        raise UserError(
+            "openvclip.clip_weights: random weights cannot serve as the CLIP to pull towards"
+        )
     return {n: t for n, t in clip.clip.items() if n.startswith("visual.") or n == "logit_scale"}
 
 

@@ -122,7 +122,7 @@ def video_model(config: Config, weights: Weights) -> VideoCLIP:
     if resnet and module not in ("none", "tsm"):
         raise UserError(f"text4vis.temporal_module: a ResNet has 'none' and 'tsm', not '{module}'")
     if module != "none" and options.joint:
-        raise UserError("text4vis: joint attention and a temporal module exclude each other")
+        raise UserError("text4vis: joint attention and a temporal module cannot be combined")
     shifts = None
     if module != "none" and not resnet:
         shifts = partial(TEMPORAL_MODULES[module], frames=frames)

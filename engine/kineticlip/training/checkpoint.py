@@ -229,7 +229,7 @@ def find_resumable(resume: str, output: Path, config: Config, ranks: Ranks) -> P
     own = output / "checkpoints"
     if resume == "never":
         if (output / "metrics.jsonl").exists() or committed(own):
-            raise UserError(f"{output}: holds a run already; choose another output")
+            raise UserError(f"{output}: already holds a run; choose another output folder")
         return None
     if resume == "auto":
         found = committed(own)
@@ -256,7 +256,7 @@ def _named(path: Path) -> Path:
         return path
     found = committed(path) or committed(path / "checkpoints")
     if not found:
-        raise UserError(f"--resume {path}: no checkpoint and no run with one")
+        raise UserError(f"--resume {path}: neither a checkpoint nor a run that has one")
     return found[-1]
 
 

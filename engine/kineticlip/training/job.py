@@ -79,6 +79,6 @@ def check_settings(config: Config, *, world_size: int, cuda: bool) -> None:
         raise UserError("train.steps and train.average_from should not be negative")
     if train.steps == 0 and optim.warmup_epochs >= train.epochs:
         raise UserError(
-            f"optim.warmup_epochs {optim.warmup_epochs:g} leaves nothing of train.epochs "
+            f"optim.warmup_epochs {optim.warmup_epochs:g} uses up all of train.epochs "
             f"{train.epochs:g}"
         )

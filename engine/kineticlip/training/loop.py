@@ -95,7 +95,7 @@ def timetable(config: Config, epoch_length: int, *, world_size: int) -> Timetabl
     )
     if config.optim.warmup_epochs >= table.epochs:
         raise UserError(
-            f"optim.warmup_epochs {config.optim.warmup_epochs:g} leaves nothing of the "
+            f"optim.warmup_epochs {config.optim.warmup_epochs:g} uses up all of the "
             f"{table.epochs:g} epochs of the run"
         )
     return table
@@ -116,9 +116,11 @@ def _say_where_it_begins(
     config: Config, ranks: Ranks, progress: Progress, source: Path | str
 ) -> None:
     if ranks.is_first and progress.step:
-        print(f"{config.name}: goes on after step {progress.step}, from {source}", file=sys.stderr)
+        print(f"{config.name}: resuming after step {progress.step}, from {source}", file=sys.stderr)
     elif ranks.is_first and (config.output_dir / METRICS).exists():
-        print(f"{config.name}: no checkpoint yet, so from the start again", file=sys.stderr)
+        print(
+            f"{config.name}: no checkpoint yet; starting again from the beginning", file=sys.stderr
+        )
 
 
 def _seed(seed: int) -> None:

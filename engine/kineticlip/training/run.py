@@ -120,7 +120,7 @@ def _report(config: Config, outcome: Outcome, unreadable: Mapping[str, str]) -> 
         path = config.output_dir / "unreadable.json"
         write_atomic(path, dump_json(unreadable, indent=1))
         print(
-            f"{len(unreadable)} videos could not be read, others took their places: {path}",
+            f"{len(unreadable)} videos could not be read and were replaced by others: {path}",
             file=sys.stderr,
         )
     for name, value in outcome.evaluation.items():
