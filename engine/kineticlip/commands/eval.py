@@ -32,12 +32,8 @@ METRICS = ("zero-shot", "map", "multilabel", "official-padded")  # evaluation.pr
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     add_model_options(parser)
-    parser.add_argument(
-        "--list", metavar="FILE", help="list of videos to score (default: data.val_list)"
-    )
-    parser.add_argument(
-        "--root", metavar="DIR", help="folder that the listed paths are relative to"
-    )
+    parser.add_argument("--list", metavar="FILE", help="list of videos (default: data.val_list)")
+    parser.add_argument("--root", metavar="DIR", help="folder that the paths are relative to")
     parser.add_argument(
         "--split",
         nargs=2,
@@ -75,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="results folder (default: <output>/eval)")
     parser.add_argument(
-        "--fresh", action="store_true", help="discard earlier results instead of resuming"
+        "--fresh", action="store_true", help="discard earlier results; do not resume"
     )
     parser.add_argument("--scores", action="store_true", help="save the scores of every video")
     parser.add_argument(

@@ -13,9 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     add_model_options(parser)
     parser.add_argument("--list", metavar="FILE", help="list of videos (default: data.val_list)")
-    parser.add_argument(
-        "--root", metavar="DIR", help="folder that the listed paths are relative to"
-    )
+    parser.add_argument("--root", metavar="DIR", help="folder that the paths are relative to")
     parser.add_argument(
         "--out", metavar="DIR", required=True, help="output folder; new videos are added to it"
     )

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{parser.epilog}\n\nExits with status 1 if any video cannot be read."
     parser.add_argument("source", metavar="SOURCE", help="a list of videos, or a folder of them")
     parser.add_argument(
-        "--root", default="", metavar="DIR", help="folder that listed paths are relative to"
+        "--root", default="", metavar="DIR", help="folder that the paths are relative to"
     )
     parser.add_argument("--good", metavar="FILE", help="write a list of the readable videos")
     parser.add_argument("--bad", metavar="FILE", help="write the unreadable videos and why")
