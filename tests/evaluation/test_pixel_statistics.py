@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,13 @@ def test_a_tower_normalises_bytes_with_the_weights_own_statistics() -> None:
 
 
 def test_a_chain_of_runs_keeps_what_its_first_weights_wanted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Libraries that other tests import raise the root's level, or disable loggers that exist.
+    log = logging.getLogger("kineticlip.models.weights")
+    monkeypatch.setattr(log, "disabled", False)
+    caplog.set_level(logging.WARNING, log.name)
+    monkeypatch.setattr(logging.root.manager, "disable", 0)
     first = trained("evl", tmp_path)
     second, state = tmp_path / "second.safetensors", load_file(first)
     config = settings("evl", f"model.weights={first}")
