@@ -65,7 +65,7 @@ setup(
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML",
-            "transformers>=4.57",  # XCLIPModel, the reference of the X-CLIP port
+            "transformers>=5",  # XCLIPModel, the reference of the X-CLIP port
         ],
         # A second decoder, on request (docs/decisions/0001); needs the system's FFmpeg libraries.
         "torchcodec": ["torchcodec>=0.17"],

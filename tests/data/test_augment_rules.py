@@ -22,6 +22,7 @@ from kineticlip.config import DataConfig
 from kineticlip.data.pipelines import PIPELINES, training_pixels
 from kineticlip.data.sampling import ClipRandom
 from kineticlip.data.statistics import CLIP_STATISTICS
+from pillow_13 import resized
 
 SEEDS = 200
 SHAPES = ((64, 48), (48, 64), (56, 56), (96, 16), (71, 40))  # width, height; one fits no box
@@ -130,7 +131,7 @@ def text4vis_clip(
             if w <= width and h <= height:
                 x = draw.randint(0, width - w)
                 y = draw.randint(0, height - h)
-                image = image.crop((x, y, x + w, y + h)).resize((size, size), Resampling.BILINEAR)
+                image = resized(image.crop((x, y, x + w, y + h)), (size, size), Resampling.BILINEAR)
                 seen.add("box")
                 break
         else:
@@ -153,7 +154,7 @@ def text4vis_clip(
 def scaled(image: Image.Image, size: int, recipe: Recipe) -> Image.Image:
     if recipe.something:
         fixed = {"text4vis": (320, 240), "bike": (320, 256)}[recipe.pipeline]
-        return image.resize(fixed, Resampling.BICUBIC)
+        return resized(image, fixed, Resampling.BICUBIC)
     return short_side(image, 256 if size == 224 else size, Resampling.BICUBIC)
 
 
@@ -162,7 +163,7 @@ def short_side(image: Image.Image, side: int, resample: Resampling) -> Image.Ima
     if min(width, height) == side:
         return image
     long = int(side * max(width, height) / min(width, height))
-    return image.resize((side, long) if width < height else (long, side), resample)
+    return resized(image, (side, long) if width < height else (long, side), resample)
 
 
 def multiscale_crop(image: Image.Image, size: int, draw: random.Random) -> Image.Image:
@@ -183,7 +184,7 @@ def multiscale_crop(image: Image.Image, size: int, draw: random.Random) -> Image
             *[(dx, dy), (3 * dx, dy), (dx, 3 * dy), (3 * dx, 3 * dy)],
         ]
     )
-    return image.crop((x, y, x + w, y + h)).resize((size, size), Resampling.BILINEAR)
+    return resized(image.crop((x, y, x + w, y + h)), (size, size), Resampling.BILINEAR)
 
 
 # Two of 16 operations a frame, at strength 9 of 30. (name, value at 0, value at 30, either sign)

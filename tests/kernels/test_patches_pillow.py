@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from kernel_rig import DEVICE
@@ -13,9 +12,9 @@ from patch_inputs import CROPS, noise
 from PIL import Image
 from torch import Tensor
 
-from kineticlip_kernels.patches import Crop, Resample, cut_crops, rows_first
+from kineticlip_kernels.patches import Crop, Resample, cut_crops
+from pillow_13 import resized
 
-COLUMNS_FIRST = int(PIL.__version__.split(".")[0]) < 13  # always: Pillow 13 looks at the shape
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -24,12 +23,9 @@ def pillow(
 ) -> Tensor:
     views = []
     for frame in frames.cpu().numpy():
-        image = Image.fromarray(frame)
-        if COLUMNS_FIRST and rows_first(frame.shape[:2], width, height):
-            image = image.resize((frame.shape[1], height), FILTERS[resample])
-        resized = image.resize((width, height), FILTERS[resample])
+        image = resized(Image.fromarray(frame), (width, height), FILTERS[resample])
         for x, y, mirrored in crops:
-            crop = resized.crop((x, y, x + side, y + side))
+            crop = image.crop((x, y, x + side, y + side))
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop
             views.append(np.asarray(crop).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(views)).unflatten(0, (len(frames), len(crops))).to(DEVICE)
