@@ -185,6 +185,8 @@ def test_openvclip_draws_a_share_for_every_batch(tmp_path: Path) -> None:
     assert not any("pull" in name for name in model.state_dict())
     with pytest.raises(UserError, match=r"pull_shares' should be from 0 to below 1, got 1.0"):
         pulled(tmp_path, "openvclip.pull_shares=[0.5, 1.0]")
+    with pytest.raises(UserError, match=r"pull_shares: the lower share first"):
+        pulled(tmp_path, "openvclip.pull_shares=[0.6, 0.5]")
     for change in ("train.zero_stage=3", "train.activation_checkpointing=true"):
         with pytest.raises(UserError, match=r"openvclip.pull: without"):
             pulled(tmp_path, change)

@@ -212,11 +212,8 @@ def before_training(model: nn.Module, config: Config) -> dict[str, Tensor]:
 
 def _pull(model: OpenVCLIP, config: Config) -> Pull:
     low, high = config.openvclip.pull_shares
-    if config.openvclip.pull < 0 or not 0 <= low <= high < 1:
-        raise UserError(
-            f"openvclip.pull should not be negative, and pull_shares two shares within 0..1 (1 "
-            f"left out), got {config.openvclip.pull:g} and [{low:g}, {high:g}]"
-        )
+    if low > high:
+        raise UserError(f"openvclip.pull_shares: the lower share first, got [{low:g}, {high:g}]")
     if config.train.activation_checkpointing or config.train.zero_stage == 3:
         raise UserError(
             "openvclip.pull: without train.activation_checkpointing, and at train.zero_stage 0 to "
