@@ -178,7 +178,10 @@ def _class_mix_backward(
     lse: Tensor,
     grad: Tensor,
 ) -> list[Tensor]:
-    """-> gradients of query and the five; empty where there is no tensor or no wish."""
+    """-> gradients of query and the five; empty where there is no tensor or no wish.
+
+    Parameters as torch.library wants them, each tensor by itself.
+    """
     query, grad = query.contiguous(), grad.contiguous()
     images, heads, width = query.shape
     given = (tokens, s0, s1, s2, s3)

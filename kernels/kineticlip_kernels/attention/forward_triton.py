@@ -112,7 +112,10 @@ def _attention_forward(
     k3: Tensor | None,
     v3: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """-> (out [M, N, H, K], log2 sums [M, H, N])."""
+    """-> (out [M, N, H, K], log2 sums [M, H, N]).
+
+    Parameters as torch.library wants them, each tensor by itself.
+    """
     images, tokens, _, heads, width = qkv.shape
     out = launch.empty(images, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     lse = launch.empty(images, heads, tokens, dtype=torch.float32, device=qkv.device)
